@@ -49,6 +49,7 @@ def train(
     side: Annotated[int, typer.Option(help="Rows and columns of a tile.")] = 32,
     neighbours: Annotated[bool, typer.Option(help="Tokens get the values to the left and above, too.")] = True,
     shrink: Annotated[int, typer.Option(help="Shrink the image this many times first.")] = 1,
+    min_contrast: Annotated[float, typer.Option(help="Smallest standard deviation of a tile's bytes.")] = 15.0,
     steps: Annotated[int, typer.Option(help="Training steps.")] = 300,
     batch_size: Annotated[int, typer.Option(help="Tiles of a step.")] = 2,
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 3e-3,
@@ -59,7 +60,7 @@ def train(
 ) -> None:
     """Train a model and test it in between."""
     torch.set_num_threads(1)
-    tiles = TileSource(image, side, shrink)
+    tiles = TileSource(image, side, shrink, min_contrast)
     options = ModelOptions(mixer=mixer, kernel=kernel, depth=depth, side=side, neighbours=neighbours)
     test = tiles.draw("test", num_tests, TEST_SEED)
     torch.manual_seed(seed)
@@ -93,7 +94,8 @@ def train(
     }
     out.mkdir(parents=True, exist_ok=True)
     (out / f"{name}.json").write_text(json.dumps(result, indent=1))
-    torch.save({"options": asdict(options), "state": model.state_dict(), "shrink": shrink}, out / f"{name}.pt")
+    saved = {"options": asdict(options), "state": model.state_dict(), "shrink": shrink, "min_contrast": min_contrast}
+    torch.save(saved, out / f"{name}.pt")
 
 
 @torch.inference_mode()
@@ -119,7 +121,7 @@ def sample(
     options = ModelOptions(**saved["options"])
     model = PixelTransformer(options).eval()
     model.load_state_dict(saved["state"])
-    real = TileSource(image, options.side, saved["shrink"]).draw("test", number, TEST_SEED)
+    real = TileSource(image, options.side, saved["shrink"], saved["min_contrast"]).draw("test", number, TEST_SEED)
     # The first rows complete real tiles, the others begin with nothing.
     given = torch.zeros(2 * number, options.length, dtype=torch.bool)
     given[:number, : options.length // 2] = True

@@ -16,30 +16,35 @@ __all__ = ["TileSource", "simple_models"]
 
 
 class TileSource:
-    """Tiles of one image, as sequences of bytes: training tiles lie left of test tiles.
+    """Tiles of one image, as sequences of bytes: training tiles lie above test tiles.
 
     Args:
         path: Raster or slide with three bands of bytes.
         side: Rows and columns of a tile.
         shrink: How many times the image is shrunk before, by averaging squares.
-        test_share: Share of the columns, at the right, that are for testing.
+        min_contrast: Smallest standard deviation of a tile, which leaves out empty ones.
+        test_share: Share of the rows, at the bottom, that are for testing.
     """
 
-    def __init__(self, path: Path, side: int, shrink: int, test_share: float = 0.25) -> None:
+    def __init__(self, path: Path, side: int, shrink: int, min_contrast: float = 0.0, test_share: float = 0.25) -> None:
         with perf_vit.open(path) as source:
             pixels = source.read().pixels[:3]
         height, width = (size // shrink * shrink for size in pixels.shape[1:])
         squares = pixels[:, :height, :width].reshape(3, height // shrink, shrink, width // shrink, shrink)
         # Rows, columns, bands.
         image = np.rint(squares.astype(np.float32).mean(axis=(2, 4))).astype(np.uint8).transpose(1, 2, 0)
-        first = round(image.shape[1] * (1 - test_share))
-        self.side, self._parts = side, {"train": image[:, :first], "test": image[:, first:]}
+        first = round(image.shape[0] * (1 - test_share))
+        self.side, self._parts, self._min_contrast = side, {"train": image[:first], "test": image[first:]}, min_contrast
 
     def draw(self, part: str, number: int, seed: int) -> Tensor:
         """Return random tiles of "train" or "test", values [number, side * side * 3] in raster order."""
         pixels, rng = self._parts[part], np.random.default_rng(seed)
-        places = rng.integers(0, np.array(pixels.shape[:2]) - self.side + 1, size=(number, 2))
-        tiles = [pixels[row : row + self.side, column : column + self.side] for row, column in places]
+        tiles: list[np.ndarray] = []
+        while len(tiles) < number:
+            row, column = rng.integers(0, np.array(pixels.shape[:2]) - self.side + 1)
+            tile = pixels[row : row + self.side, column : column + self.side]
+            if tile.std(axis=(0, 1)).mean() >= self._min_contrast:
+                tiles.append(tile)
         return torch.from_numpy(np.stack(tiles).reshape(number, -1).astype(np.int64))
 
 
