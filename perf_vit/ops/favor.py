@@ -132,7 +132,7 @@ def favor_attention(
     feature_map = _with_parameter(feature_map, q, k, key_mask, chunk_size)
     if reduce is None:
         with without_autocast(q):
-            found = fused_attention("favor", q, k, v, feature_map, key_mask)
+            found = fused_attention(f"FAVOR+ ({feature_map.kernel.name})", q, k, v, feature_map, key_mask)
         if found is not None:
             return found
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):

@@ -17,9 +17,10 @@ from torch.nn import functional as F
 
 from perf_vit.registry import Registry
 
-__all__ = ["KERNELS", "Kernel", "get_kernel", "make_kernel", "oprf_kernel", "register_kernel"]
+__all__ = ["KERNELS", "RELU_FLOOR", "Kernel", "get_kernel", "make_kernel", "oprf_kernel", "register_kernel"]
 
-_RELU_FLOOR = 1e-3
+RELU_FLOOR = 1e-3
+"""What "relu" adds to each feature, before the division by the square root of their number."""
 
 Features = Callable[[Tensor, Tensor], Tensor]
 FeatureGradient = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -236,13 +237,13 @@ def _relu(x: Tensor, projection: Tensor) -> Tensor:
     Choromanski et al. 2020, section 4.2; the constant keeps every denominator positive.
     """
     scale = projection.shape[0] ** -0.5
-    return F.linear(x, projection * scale).relu_().add(_RELU_FLOOR * scale)
+    return F.linear(x, projection * scale).relu_().add(RELU_FLOOR * scale)
 
 
 def _relu_gradient(x: Tensor, projection: Tensor, features: Tensor, grad: Tensor) -> Tensor:
     scale = projection.shape[0] ** -0.5
     # A feature above the floor has a positive product; the margin covers the rounding of the floor.
-    active = features > _RELU_FLOOR * scale * (1 + 1e-6)
+    active = features > RELU_FLOOR * scale * (1 + 1e-6)
     return torch.where(active, grad, 0.0) @ projection * scale
 
 

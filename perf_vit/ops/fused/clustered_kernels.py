@@ -7,14 +7,9 @@ from __future__ import annotations
 import triton
 from triton import language as tl
 
-from perf_vit.ops.fused.launches import dot
+from perf_vit.ops.fused.launches import LOG2_E, LOWEST, dot, fold, load_rows, store_rows
 
 __all__ = ["assign", "attend", "sum_clusters"]
-
-# Logarithms to the base 2, whose powers GPUs compute faster.
-_LOG2_E = tl.constexpr(1.4426950408889634)
-_LOWEST = tl.constexpr(-1e30)
-_HIDDEN = tl.constexpr(-1e29)
 
 
 @triton.jit
@@ -26,25 +21,9 @@ def _window(w, rows, columns, height, width, across):
 
 
 @triton.jit
-def _load(x, place, counts, stride, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Load rows of C channels, 0 where they don't count, [n, BLOCK_C]."""
-    c = tl.arange(0, BLOCK_C)
-    there = counts[:, None] & (c[None, :] < C)
-    return tl.load(x + place.to(tl.int64)[:, None] * stride + c[None, :], there, other=0.0)
-
-
-@triton.jit
-def _store(x, rows, place, counts, stride, C: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Store those of rows of C channels, [n, BLOCK_C], that count."""
-    c = tl.arange(0, BLOCK_C)
-    there = counts[:, None] & (c[None, :] < C)
-    tl.store(x + place.to(tl.int64)[:, None] * stride + c[None, :], rows.to(x.dtype.element_ty), there)
-
-
-@triton.jit
 def _load_keys(k, mean, place, counts, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, IS_CENTERED: tl.constexpr):
     """Load keys less their mean, 0 where they don't count, [n, BLOCK_D]."""
-    keys = _load(k, place, counts, stride, D, BLOCK_D)
+    keys = load_rows(k, place, counts, stride, D, BLOCK_D)
     if IS_CENTERED:
         d = tl.arange(0, BLOCK_D)
         keys = tl.where(counts[:, None], keys - tl.load(mean + d, d < D, other=0.0)[None, :], 0.0)
@@ -70,7 +49,7 @@ def assign(
     best, label = tl.full((BLOCK_N,), float("-inf"), tl.float32), tl.zeros((BLOCK_N,), tl.int32)
     for start in range(0, M, BLOCK_N):
         m = start + tl.arange(0, BLOCK_N)
-        centers = _load(columns + bh * M * (D + 1), m, m < M, D + 1, D, BLOCK_D)
+        centers = load_rows(columns + bh * M * (D + 1), m, m < M, D + 1, D, BLOCK_D)
         offset = tl.load(columns + (bh * M + m) * (D + 1) + D, m < M, other=float("-inf"))
         closeness = dot(keys, tl.trans(centers), PRECISION, IS_EMULATED) + offset[None, :]
         nearest = tl.max(closeness, 1)
@@ -99,26 +78,15 @@ def sum_clusters(
         place = (top + i // wide) * columns + left + i % wide
         label = tl.load(labels + bh * rows * columns + place, i < size, other=M)
         keys = _load_keys(k, mean + bh * D, place + P, label < M, k_sn, D, BLOCK_D, IS_CENTERED)
-        values = _load(v, place + P, label < M, v_sn, DV, BLOCK_DV)
+        values = load_rows(v, place + P, label < M, v_sn, DV, BLOCK_DV)
         member = ((label[None, :] == m[:, None]) & (label < M)[None, :]).to(tl.float32)
         sum_k += dot(member.to(keys.dtype), keys, PRECISION, IS_EMULATED)
         sum_v += dot(member.to(values.dtype), values, PRECISION, IS_EMULATED)
         number += tl.sum(member, 1)
     own += (bh * W + w) * M * (D + 1 + DV)
-    _store(own, sum_k, m, m < M, D + 1 + DV, D, BLOCK_D)
+    store_rows(own, sum_k, m, m < M, D + 1 + DV, D, BLOCK_D)
     tl.store(own + m * (D + 1 + DV) + D, number, m < M)
-    _store(own + D + 1, sum_v, m, m < M, D + 1 + DV, DV, BLOCK_DV)
-
-
-@triton.jit
-def _fold(q, keys, values, bias, out, top, total, scale, PRECISION: tl.constexpr, IS_EMULATED: tl.constexpr):
-    """Add keys to running sums of attention; return these, the weights of the keys, and the factor of older sums."""
-    logits = dot(q, tl.trans(keys), PRECISION, IS_EMULATED) * scale + bias[None, :]
-    largest = tl.maximum(top, tl.max(logits, 1))
-    weights = tl.where(logits > _HIDDEN, tl.exp2(logits - largest[:, None]), 0.0)
-    factor = tl.exp2(top - largest)
-    out = out * factor[:, None] + dot(weights.to(values.dtype), values, PRECISION, IS_EMULATED)
-    return out, largest, total * factor + tl.sum(weights, 1), weights, factor
+    store_rows(own + D + 1, sum_v, m, m < M, D + 1 + DV, DV, BLOCK_DV)
 
 
 @triton.jit
@@ -129,16 +97,16 @@ def _far(
     """Return mean keys, mean values and log weights of clusters without the keys of a window."""
     C: tl.constexpr = D + 1 + DV
     number = tl.load(total + m * C + D, m < M, other=0.0)
-    keys, values = _load(total, m, m < M, C, D, BLOCK_D), _load(total + D + 1, m, m < M, C, DV, BLOCK_DV)
+    keys, values = load_rows(total, m, m < M, C, D, BLOCK_D), load_rows(total + D + 1, m, m < M, C, DV, BLOCK_DV)
     if EXACT_NEAR:
         number -= tl.load(own + m * C + D, m < M, other=0.0)
-        keys -= _load(own, m, m < M, C, D, BLOCK_D)
-        values -= _load(own + D + 1, m, m < M, C, DV, BLOCK_DV)
+        keys -= load_rows(own, m, m < M, C, D, BLOCK_D)
+        values -= load_rows(own + D + 1, m, m < M, C, DV, BLOCK_DV)
     # Counts are exact: a cluster that lies within the window has weight 0, whatever its variance.
     some = tl.maximum(number, 1.0)
-    bias = tl.log2(some) + tl.load(spread + m, m < M, other=0.0) * _LOG2_E
+    bias = tl.log2(some) + tl.load(spread + m, m < M, other=0.0) * LOG2_E
     keys, values = (keys / some[:, None]).to(dtype), (values / some[:, None]).to(dtype)
-    return keys, values, tl.where(number > 0.5, bias, _LOWEST)
+    return keys, values, tl.where(number > 0.5, bias, LOWEST)
 
 
 @triton.jit
@@ -149,7 +117,7 @@ def _corrected(
     """Add the first-order change of the values of clusters, given the weight of each group, [n, 16]."""
     d, group = tl.arange(0, BLOCK_D), tl.arange(0, 16)
     for g in tl.static_range(NUM_GROUPS):
-        matrix = _load(covariance + g * D * DV, d, d < D, DV, DV, BLOCK_DV).to(q.dtype)
+        matrix = load_rows(covariance + g * D * DV, d, d < D, DV, DV, BLOCK_DV).to(q.dtype)
         weight = tl.sum(tl.where(group[None, :] == g, mass, 0.0), 1) * scale
         out += weight[:, None] * dot(q, matrix, PRECISION, IS_EMULATED)
     return out
@@ -168,8 +136,8 @@ def _attend_near(
         if HAS_LABELS:
             counts &= tl.load(labels + place, counts, other=M) < M
         keys = _load_keys(k, mean, place + P, counts, k_sn, D, BLOCK_D, IS_CENTERED)
-        values, bias = _load(v, place + P, counts, v_sn, DV, BLOCK_DV), tl.where(counts, 0.0, _LOWEST)
-        out, highest, weight, _, _ = _fold(
+        values, bias = load_rows(v, place + P, counts, v_sn, DV, BLOCK_DV), tl.where(counts, 0.0, LOWEST)
+        out, highest, weight, _, _ = fold(
             q, keys, values, bias, out, highest, weight, scale, PRECISION, IS_EMULATED
         )  # fmt: skip
     return out, highest, weight
@@ -189,8 +157,8 @@ def _attend_shared(
         if IS_MASKED:
             counts &= tl.load(key_mask + place, counts, other=0) != 0
         keys = _load_keys(k, mean, place, counts, k_sn, D, BLOCK_D, IS_CENTERED)
-        values, bias = _load(v, place, counts, v_sn, DV, BLOCK_DV), tl.where(counts, 0.0, _LOWEST)
-        out, highest, weight, _, _ = _fold(
+        values, bias = load_rows(v, place, counts, v_sn, DV, BLOCK_DV), tl.where(counts, 0.0, LOWEST)
+        out, highest, weight, _, _ = fold(
             q, keys, values, bias, out, highest, weight, scale, PRECISION, IS_EMULATED
         )  # fmt: skip
     return out, highest, weight
@@ -207,10 +175,10 @@ def _attend_far(
     for start in range(0, M, BLOCK_N):
         m = start + tl.arange(0, BLOCK_N)
         keys, values, bias = _far(own, total, spread, m, M, q.dtype, EXACT_NEAR, D, DV, BLOCK_D, BLOCK_DV)
-        out, highest, weight, p, factor = _fold(
+        out, highest, weight, p, factor = fold(
             q, keys, values, bias, out, highest, weight, scale, PRECISION, IS_EMULATED
         )  # fmt: skip
-        members = _load(groups, m, m < M, NUM_GROUPS, NUM_GROUPS, 16).to(q.dtype)
+        members = load_rows(groups, m, m < M, NUM_GROUPS, NUM_GROUPS, 16).to(q.dtype)
         mass = mass * factor[:, None] + dot(p.to(q.dtype), members, PRECISION, IS_EMULATED)
     return out, highest, weight, mass
 
@@ -231,8 +199,8 @@ def attend(
     k, v, mean = k + b * k_sb + h * k_sh, v + b * v_sb + h * v_sh, mean + bh * D
     i = (tl.program_id(0) % blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     place = P + (top + i // wide) * columns + left + i % wide
-    asked = _load(q + b * q_sb + h * q_sh, place, i < size, q_sn, D, BLOCK_D)
-    weight, highest = tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), _LOWEST, tl.float32)
+    asked = load_rows(q + b * q_sb + h * q_sh, place, i < size, q_sn, D, BLOCK_D)
+    weight, highest = tl.zeros((BLOCK_M,), tl.float32), tl.full((BLOCK_M,), LOWEST, tl.float32)
     found, highest, weight, mass = _attend_far(
         asked, own + (bh * W + w) * M * C, total + bh * M * C, spread + bh * M, groups + bh * M * NUM_GROUPS,
         highest, weight, scale, M, NUM_GROUPS, EXACT_NEAR, D, DV, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_DV, PRECISION,
@@ -240,7 +208,7 @@ def attend(
     )  # fmt: skip
     # Sums of values don't depend on the factor that later keys bring: the correction is added first.
     found = _corrected(
-        found, mass, asked, covariance + bh * NUM_GROUPS * D * DV, scale / _LOG2_E, NUM_GROUPS, D, DV, BLOCK_D,
+        found, mass, asked, covariance + bh * NUM_GROUPS * D * DV, scale / LOG2_E, NUM_GROUPS, D, DV, BLOCK_D,
         BLOCK_DV, PRECISION, IS_EMULATED,
     )  # fmt: skip
     found, highest, weight = _attend_shared(
@@ -254,4 +222,4 @@ def attend(
             IS_EMULATED,
         )  # fmt: skip
     found = found / tl.where(weight > 0.0, weight, 1.0)[:, None]
-    _store(out + b * out_sb + h * out_sh, found, place, i < size, out_sn, DV, BLOCK_DV)
+    store_rows(out + b * out_sb + h * out_sh, found, place, i < size, out_sn, DV, BLOCK_DV)

@@ -69,10 +69,14 @@ class Limits:
 _HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 # Under its interpreter, which needs this variable before the first import of triton, kernels run on processors.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+_TRITON_FAVOR = ("perf_vit.ops.fused.triton_favor", "triton_favor_attention")
 LIMITS = {
     "triton": Limits(
         functions={
             "clustered": ("perf_vit.ops.fused.triton_clustered", "triton_clustered_attention"),
+            "FAVOR+ (softmax+)": _TRITON_FAVOR,
+            "FAVOR+ (softmax-hyp+)": _TRITON_FAVOR,
+            "FAVOR+ (relu)": _TRITON_FAVOR,
         },
         package="triton",
         devices=("cuda", "cpu") if _INTERPRETED else ("cuda",),
@@ -141,7 +145,7 @@ def fused_attention(operation: str, q: Tensor, k: Tensor, v: Tensor, *options: A
     """Return attention by the chosen backend; None where PyTorch operations are to compute it.
 
     Args:
-        operation: "clustered" or "favor".
+        operation: "clustered" or, with the name of the kernel, "FAVOR+ (softmax+)".
         q: Queries, [B, H, N, D].
         k: Keys, [B, H, N, D].
         v: Values, [B, H, N, Dv].

@@ -10,7 +10,12 @@ import triton
 from torch import Tensor
 from triton import language as tl
 
-__all__ = ["Tiles", "dot", "in_rows", "strides"]
+__all__ = ["LOG2_E", "LOWEST", "Tiles", "dot", "fold", "in_rows", "load_rows", "store_rows", "strides"]
+
+# Logits are to the base 2, whose powers GPUs compute faster. Keys with the lowest one have no weight.
+LOG2_E = tl.constexpr(1.4426950408889634)
+LOWEST = tl.constexpr(-1e30)
+_HIDDEN = tl.constexpr(-1e29)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,11 +39,11 @@ class Tiles:
     is_emulated: bool
 
     @classmethod
-    def of(cls, k: Tensor, v: Tensor, most_queries: int) -> Tiles:
-        """Return sizes for keys and values, at most `most_queries` queries being processed together."""
+    def of(cls, k: Tensor, v: Tensor, most_queries: int, num_bytes: int) -> Tiles:
+        """Return sizes for keys and values of `num_bytes` each, with at most `most_queries` queries together."""
         k_channels, v_channels = (_padded(x.shape[-1]) for x in (k, v))
         # Queries, keys and values of a program fit in the 100 KiB of shared memory of small GPUs.
-        row = max(k_channels, v_channels) * k.element_size()
+        row = max(k_channels, v_channels) * num_bytes
         return cls(
             queries=min(_padded(most_queries), 128 if row <= 128 else 64 if row <= 256 else 32),
             keys=64 if row <= 128 else 32,
@@ -84,3 +89,30 @@ def dot(a, b, PRECISION: tl.constexpr, IS_EMULATED: tl.constexpr):  # type: igno
         a = a.to(tl.float32)
         b = b.to(tl.float32)
     return tl.dot(a, b, input_precision=PRECISION)
+
+
+@triton.jit
+def load_rows(x, place, counts, stride, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Load rows of C channels, 0 where they don't count, [n, BLOCK_C]."""
+    c = tl.arange(0, BLOCK_C)
+    there = counts[:, None] & (c[None, :] < C)
+    return tl.load(x + place.to(tl.int64)[:, None] * stride + c[None, :], there, other=0.0)
+
+
+@triton.jit
+def store_rows(x, rows, place, counts, stride, C: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Store those of rows of C channels, [n, BLOCK_C], that count."""
+    c = tl.arange(0, BLOCK_C)
+    there = counts[:, None] & (c[None, :] < C)
+    tl.store(x + place.to(tl.int64)[:, None] * stride + c[None, :], rows.to(x.dtype.element_ty), there)
+
+
+@triton.jit
+def fold(q, keys, values, bias, out, top, total, scale, PRECISION: tl.constexpr, IS_EMULATED: tl.constexpr):
+    """Add keys to running sums of attention; return these, the weights of the keys, and the factor of older sums."""
+    logits = dot(q, tl.trans(keys), PRECISION, IS_EMULATED) * scale + bias[None, :]
+    largest = tl.maximum(top, tl.max(logits, 1))
+    weights = tl.where(logits > _HIDDEN, tl.exp2(logits - largest[:, None]), 0.0)
+    factor = tl.exp2(top - largest)
+    out = out * factor[:, None] + dot(weights.to(values.dtype), values, PRECISION, IS_EMULATED)
+    return out, largest, total * factor + tl.sum(weights, 1), weights, factor

@@ -109,7 +109,7 @@ class _Call:
     ) -> _Call:
         """Return the call for a grid, with windows of at most `window_size` tokens a side; 0 for no windows."""
         windows = WindowGrid.of(grid, window_size) if window_size else row_windows(grid)
-        tiles = Tiles.of(qkv[1], qkv[2], windows.height * windows.width)
+        tiles = Tiles.of(*qkv[1:], windows.height * windows.width, qkv[1].element_size())
         return cls(clusters, qkv, mean, grid, windows, first, window_size > 0, sinks, key_mask, tiles)
 
     @property

@@ -13,6 +13,8 @@ import torch
 from perf_vit.ops import attention_backend, clustered_attention, draw_projection, favor_attention, set_attention_backend
 from perf_vit.ops.fused.dispatch import LIMITS
 
+FAVOR = "FAVOR+ (softmax+)"
+
 
 def tokens(device: str = "cpu", head_dim: int = 16, dtype: torch.dtype = torch.float32, grad: bool = False):
     shape = (1, 2, 1 + 6 * 7, head_dim)
@@ -42,7 +44,7 @@ def calls(monkeypatch):
     for name, limits in LIMITS.items():
         module = f"stand_in_for_{name}"
         monkeypatch.setitem(sys.modules, module, types.SimpleNamespace(attend=stand_in(name)))
-        functions = {"clustered": (module, "attend")} | ({"favor": (module, "attend")} if name == "triton" else {})
+        functions = {"clustered": (module, "attend")} | ({FAVOR: (module, "attend")} if name == "triton" else {})
         other = dataclasses.replace(limits, functions=functions, package="torch", devices=("cuda", "cpu", "meta"))
         monkeypatch.setitem(LIMITS, name, other)
     return made
@@ -118,7 +120,7 @@ def test_auto_trains_by_flex_and_predicts_by_triton_on_gpus_alone(calls, monkeyp
     from perf_vit.ops.fused.dispatch import fused_attention
 
     with attention_backend("auto"):
-        for operation, grad in (("clustered", False), ("clustered", True), ("favor", False), ("favor", True)):
+        for operation, grad in (("clustered", False), ("clustered", True), (FAVOR, False), (FAVOR, True)):
             fused_attention(operation, *on_gpu(grad=grad))
         fused_attention("clustered", *tokens(grad=True))
     assert calls == ["triton", "flex", "triton"]
