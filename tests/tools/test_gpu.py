@@ -1,9 +1,11 @@
 """tools/benchmarks/gpu.py: what is verified is timed, within a budget, and lack of memory is a result."""
 
+import dataclasses
 import importlib
 import json
 import sys
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -228,3 +230,51 @@ def test_a_step_that_needs_more_than_the_memory_is_checkpointed_from_the_start(t
     for length, needed in ((200, False), (400, True)):
         cell = tool.Cell(kind="training", model=model, mixer="performer", length=length)
         assert tool._needs_checkpoints(settings, cell, past) == needed
+
+
+def test_a_backend_that_is_not_verified_is_not_timed(tool, settings, monkeypatch) -> None:
+    settings.backends.update({"triton": "", "flex": "not verified: dq differs"})
+    begun = fake_times(tool, monkeypatch)
+    cells = run(tool, settings)
+    by_backend = {name: [cell for cell in cells if cell.backend == name] for name in ("torch", "triton", "flex")}
+    assert {(cell.kind, cell.mixer) for cell in by_backend["triton"]} == {
+        (kind, mixer) for kind in ("forward", "map") for mixer in ("clustered", "performer")
+    }
+    assert all(cell.status == "measured" for cell in by_backend["triton"])
+    assert {(cell.kind, cell.mixer) for cell in by_backend["flex"]} == {("training", "clustered")}
+    assert {(cell.status, cell.reason, cell.seconds) for cell in by_backend["flex"]} == {
+        ("skipped", "not verified: dq differs", None)
+    }
+    assert len(begun) == len(by_backend["torch"]) + len(by_backend["triton"])
+    figures = {"float64": 1e-12, "triton": 2e-6, "repeats_gradients": True, "waits_for_device": None}
+    about = {"machine": "m", "torch": "t", "cuda": "c", "dtype": "bf16", "command": "x", "checks": figures}
+    text = importlib.import_module("gpu_report").table(about, cells)
+    assert "| clustered, triton |" in text
+    assert "2.0e-06 (triton)" in text
+
+
+def test_a_backend_is_compared_with_the_references(tool, monkeypatch) -> None:
+    verify = importlib.import_module("gpu_verify")
+    limits = verify.LIMITS["triton"]
+    module = types.SimpleNamespace()
+    monkeypatch.setitem(sys.modules, "kernels_for_a_test", module)
+    functions = {"FAVOR+ (relu)": ("kernels_for_a_test", "attend")}
+    monkeypatch.setitem(verify.LIMITS, "triton", dataclasses.replace(limits, functions=functions, devices=("cpu",)))
+
+    def attend(q, k, v, feature_map, key_mask):
+        with perf_vit.ops.attention_backend("torch"):
+            return factor * perf_vit.ops.favor_attention(q, k, v, feature_map.projection, "relu", key_mask)
+
+    module.attend, factor = attend, 1.0
+    assert verify.verify_backend("triton", "cpu", torch.float32) < 1e-5
+    factor = 1.001
+    with pytest.raises(perf_vit.errors.PerfVitError, match=r"output of performer, relu by triton in torch.float32"):
+        verify.verify_backend("triton", "cpu", torch.float32)
+    settings = tool.Settings(device="cpu", dtype="fp32")
+    assert tool.check_backends(settings, {})["triton"].startswith("not verified: attention disagrees")
+
+
+def test_a_backend_that_does_not_run_here_is_not_verified(tool) -> None:
+    settings = tool.Settings(device="meta", dtype="fp32")
+    reasons = tool.check_backends(settings, {})
+    assert reasons["flex"].startswith("not verified: the attention backend flex needs a device of type cuda")

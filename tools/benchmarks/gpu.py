@@ -2,9 +2,10 @@
 
     python tools/benchmarks/gpu.py --out DIR
 
-takes less than 8 minutes. Attention is compared with its N x N references first; nothing is timed if they differ. Then
-each cell times one ViT with one mixer at one number of tokens, the most telling cells first. A cell that would exceed
-`--budget-s` is left out, and running out of memory is a result. `DIR` gets `gpu.md`, `gpu.json` and `gpu.png`.
+takes less than 8 minutes. Attention is compared with its N x N references first; nothing is timed if they differ. A
+backend of attention (`perf_vit.ops.set_attention_backend`) that differs from them, or that doesn't run, gets no times.
+Then each cell times one ViT with one mixer at one number of tokens, the most telling cells first. A cell that would
+exceed `--budget-s` is left out, and running out of memory is a result. `DIR` gets `gpu.md`, `gpu.json` and `gpu.png`.
 
     python tools/benchmarks/gpu.py --out DIR --device cpu --quick
 
@@ -29,7 +30,7 @@ import torch
 import typer
 from engine import scene
 from gpu_report import report_files, write_cells, write_report
-from gpu_verify import verify
+from gpu_verify import verify, verify_backend
 from torch import Tensor, nn
 
 import perf_vit
@@ -37,6 +38,7 @@ from perf_vit.errors import PerfVitError
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.layers import MIXERS
 from perf_vit.models import SegmentationSpec
+from perf_vit.ops import attention_backend
 from perf_vit.sources import open_source
 from perf_vit.transforms import Normalizer
 from perf_vit.workflows.conversion_report import machine_name
@@ -49,6 +51,14 @@ PATCH = 16
 
 # Clusters run at every size, so that the table shows from where they are faster.
 OPTIONS: dict[str, dict[str, Any]] = {"clustered": {"max_exact_tokens": 0}}
+# What else than PyTorch operations computes the attention of a mixer, by kind of cell.
+BACKENDS = {
+    (FORWARD, "clustered"): ("triton",),
+    (FORWARD, "performer"): ("triton",),
+    (TRAINING, "clustered"): ("flex",),
+    (ENGINE, "clustered"): ("triton",),
+    (ENGINE, "performer"): ("triton",),
+}
 # For predictions, which should rather be too long: time grows with this power of the tokens, by default with the first,
 # and by these factors from a forward pass to a training step, with checkpoints, and from one model to the next.
 GROWTH = {"softmax": 2.0}
@@ -71,6 +81,8 @@ class Settings:
         scene_px: Side of the image that is mapped.
         window_px: Side of its windows.
         kwargs: Further arguments of the models.
+        backends: Backends of attention to measure beside PyTorch operations, each with the reason why it isn't timed;
+            "" if its results agree with the references.
     """
 
     device: str = "cuda"
@@ -84,6 +96,7 @@ class Settings:
     scene_px: int = 8192
     window_px: int = 1024
     kwargs: dict[str, Any] = field(default_factory=dict)
+    backends: dict[str, str] = field(default_factory=dict)
 
     @property
     def is_gpu(self) -> bool:
@@ -118,6 +131,7 @@ class Cell:
         images_per_s: Images per second; of a map, windows per second.
         peak_gib: Most memory that torch held, with weights, gradients and states of the optimiser.
         checkpointed: Whether each block was computed again in the backward pass.
+        backend: What computes attention: "torch", "triton" or "flex".
     """
 
     kind: str
@@ -131,6 +145,12 @@ class Cell:
     images_per_s: float | None = None
     peak_gib: float | None = None
     checkpointed: bool = False
+    backend: str = "torch"
+
+    @property
+    def title(self) -> str:
+        """Name of the mixer, with the backend of its attention."""
+        return self.mixer if self.backend == "torch" else f"{self.mixer}, {self.backend}"
 
 
 def main(
@@ -148,6 +168,8 @@ def main(
         _check(settings)
         check_outputs(report_files(out), [], overwrite=overwrite)
         figures = verify(settings.device, DTYPES[dtype])
+        if settings.is_gpu:
+            settings.backends.update(check_backends(settings, figures))
         about = _describe(settings, figures)
         cells = measure(settings, started, lambda cells: write_cells(out, about, cells))
         write_report(out, about, cells)
@@ -156,8 +178,21 @@ def main(
         say_line("Error", str(error))
         sys.exit(2)
     if failed := [cell for cell in cells if cell.status == "failed"]:
-        say_line("Error", f"{len(failed)} cells failed, first {failed[0].mixer}, {failed[0].kind}: {failed[0].reason}")
+        say_line("Error", f"{len(failed)} cells failed, first {failed[0].title}, {failed[0].kind}: {failed[0].reason}")
         sys.exit(1)
+
+
+def check_backends(settings: Settings, figures: dict[str, Any]) -> dict[str, str]:
+    """Return the backends with "" or the reason why they aren't timed; adds their errors to the figures."""
+    reasons = {}
+    for name in sorted({name for names in BACKENDS.values() for name in names}):
+        try:
+            figures[name] = verify_backend(name, settings.device, DTYPES[settings.dtype])
+            reasons[name] = ""
+        except Exception as error:
+            # Whatever a compiler of kernels raises, the other cells go on.
+            reasons[name] = f"not verified: {(str(error).strip() or type(error).__name__).splitlines()[0][:200]}"
+    return reasons
 
 
 def cells_of(settings: Settings) -> list[Cell]:
@@ -171,10 +206,18 @@ def cells_of(settings: Settings) -> list[Cell]:
     ends = [(each, model) for each in (last, first) for model in settings.models]
     steps += [(kind, model, [each]) for each, model in ends for kind in (FORWARD, TRAINING)]
     return [
-        Cell(kind=kind, model=model, mixer=mixer, length=length, batch=max(1, settings.batch_tokens // length))
+        Cell(
+            kind=kind,
+            model=model,
+            mixer=mixer,
+            length=length,
+            batch=max(1, settings.batch_tokens // length),
+            backend=backend,
+        )
         for kind, model, lengths in steps
         for length in lengths
         for mixer in mixers
+        for backend in ("torch", *(each for each in BACKENDS.get((kind, mixer), ()) if each in settings.backends))
     ]
 
 
@@ -192,7 +235,7 @@ def measure(settings: Settings, started: float, on_cell: Callable[[list[Cell]], 
             left = settings.budget_s - (time.perf_counter() - started)
             cell.reason = _reason_to_skip(settings, cell, cells[:number], left)
             if not cell.reason:
-                on_step(f"{cell.kind}, {cell.model}, {cell.mixer}, {cell.length:,} patches")
+                on_step(f"{cell.kind}, {cell.model}, {cell.title}, {cell.length:,} patches")
                 _run(settings, cell, Path(folder))
             on_cell(cells[: number + 1])
     return cells
@@ -200,6 +243,8 @@ def measure(settings: Settings, started: float, on_cell: Callable[[list[Cell]], 
 
 def _reason_to_skip(settings: Settings, cell: Cell, past: list[Cell], left: float) -> str:
     cell.checkpointed = cell.kind == TRAINING and _needs_checkpoints(settings, cell, past)
+    if reason := settings.backends.get(cell.backend):
+        return reason
     if lacking := _lacked_memory(cell, past):
         return f"out of memory at {lacking:,} patches"
     call = predicted_seconds(settings, cell, past)
@@ -214,7 +259,7 @@ def predicted_seconds(settings: Settings, cell: Cell, past: list[Cell]) -> float
         return each.model != cell.model, each.kind != cell.kind, abs(each.length - cell.length)
 
     is_map = cell.kind == ENGINE
-    measured = [each for each in past if each.seconds and each.mixer == cell.mixer and (each.kind == ENGINE) == is_map]
+    measured = [each for each in past if each.seconds and each.title == cell.title and (each.kind == ENGINE) == is_map]
     if not measured:
         return 0.0
     near = min(measured, key=distance)
@@ -232,7 +277,8 @@ def predicted_seconds(settings: Settings, cell: Cell, past: list[Cell]) -> float
 def _run(settings: Settings, cell: Cell, folder: Path) -> None:
     """Measure one cell; what goes wrong is its result."""
     try:
-        _measure_cell(settings, cell, folder)
+        with attention_backend(cell.backend):
+            _measure_cell(settings, cell, folder)
         cell.status = "measured"
     except torch.OutOfMemoryError:
         cell.status = "out of memory"
@@ -369,8 +415,8 @@ def _lacked_memory(cell: Cell, past: list[Cell]) -> int | None:
 
 
 def _series(cell: Cell, past: list[Cell]) -> list[Cell]:
-    series = (cell.kind, cell.model, cell.mixer)
-    return sorted((each for each in past if (each.kind, each.model, each.mixer) == series), key=lambda x: x.length)
+    series = (cell.kind, cell.model, cell.title)
+    return sorted((each for each in past if (each.kind, each.model, each.title) == series), key=lambda x: x.length)
 
 
 def _check(settings: Settings) -> None:

@@ -70,8 +70,8 @@ def table(about: dict[str, Any], cells: Sequence[Cell]) -> str:
 
 
 def _by_size(cells: Sequence[Cell]) -> list[Cell]:
-    models, mixers = (list(dict.fromkeys(getattr(cell, name) for cell in cells)) for name in ("model", "mixer"))
-    return sorted(cells, key=lambda cell: (models.index(cell.model), cell.length, mixers.index(cell.mixer)))
+    models, mixers = (list(dict.fromkeys(getattr(cell, name) for cell in cells)) for name in ("model", "title"))
+    return sorted(cells, key=lambda cell: (models.index(cell.model), cell.length, mixers.index(cell.title)))
 
 
 def _entries(cell: Cell, cells: Sequence[Cell]) -> list[str]:
@@ -81,7 +81,7 @@ def _entries(cell: Cell, cells: Sequence[Cell]) -> list[str]:
     ratio = _speed_over_softmax(cell, cells)
     numbers = (cell.images_per_s and 1e3 / cell.images_per_s, cell.images_per_s, ratio, cell.peak_gib)
     shown = ["-" if value is None else f"{value:.3g}" if value < 1000 else f"{value:,.0f}" for value in numbers]
-    return [cell.model.split("_patch")[0], f"{cell.length:,}", str(cell.batch), cell.mixer, *shown, result]
+    return [cell.model.split("_patch")[0], f"{cell.length:,}", str(cell.batch), cell.title, *shown, result]
 
 
 def _speed_over_softmax(cell: Cell, cells: Sequence[Cell]) -> float | None:
@@ -114,8 +114,8 @@ def _plot(about: dict[str, Any], cells: Sequence[Cell], path: Path) -> None:
 
 
 def _draw(axes: Axes, cells: Sequence[Cell], values: Sequence[float]) -> None:
-    for mixer in dict.fromkeys(cell.mixer for cell in cells):
-        points = [(cell.length, value) for cell, value in zip(cells, values, strict=True) if cell.mixer == mixer]
+    for mixer in dict.fromkeys(cell.title for cell in cells):
+        points = [(cell.length, value) for cell, value in zip(cells, values, strict=True) if cell.title == mixer]
         points = sorted(point for point in points if point[1] > 0)
         axes.plot(*zip(*points, strict=True), "o-", label=mixer, markersize=4)
     axes.set(xscale="log", yscale="log")

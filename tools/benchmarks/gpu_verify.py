@@ -12,11 +12,12 @@ from torch import Tensor
 
 import perf_vit.ops
 from perf_vit.errors import PerfVitError
-from perf_vit.ops import KERNELS, draw_projection, oprf_kernel
+from perf_vit.ops import KERNELS, attention_backend, draw_projection, oprf_kernel
+from perf_vit.ops.fused.dispatch import LIMITS, backend_of
 from perf_vit.ops.naive import naive_clustered_attention, naive_favor_attention, softmax_attention
 from perf_vit.ops.sinks import choose_sinks
 
-__all__ = ["verify"]
+__all__ = ["verify", "verify_backend"]
 
 # Relative errors (of the largest entry) that rounding explains; a wrong term or factor is far above them.
 TOLERANCES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 5e-3}
@@ -50,6 +51,48 @@ def verify(device: str, dtype: torch.dtype) -> dict[str, Any]:
         "repeats_gradients": _repeats(attend, device, dtype),
         "waits_for_device": _waits(attend, device, dtype),
     }
+
+
+def verify_backend(name: str, device: str, dtype: torch.dtype) -> float:
+    """Compare what a backend of attention computes with its references, in float32 and in the dtype of the run.
+
+    Args:
+        name: "triton" or "flex"; gradients are compared where it has them.
+        device: Device to verify.
+        dtype: Dtype of the run.
+
+    Returns:
+        Largest relative error.
+
+    Raises:
+        PerfVitError: They disagree, or PyTorch operations compute a call; says where and by how much or why.
+    """
+    found = []
+    for each in dict.fromkeys((torch.float32, dtype)):
+        refusal = LIMITS[name].refusal(*_draw(8, device, each)[:3])
+        if refusal is not None:
+            raise PerfVitError(f"the attention backend {name} {refusal}")
+        for title, fast, naive, length in _cases((24, 32), device):
+            if (operation := _operation(title)) in LIMITS[name].functions:
+                attend = partial(_by_backend, name, operation, fast)
+                compare = _compare_gradients if LIMITS[name].has_gradient else _compare_values
+                found.append(compare(f"{title} by {name}", attend, naive, length, device, each))
+    if not found:
+        raise PerfVitError(f"the attention backend {name} computes no attention")
+    return max(found)
+
+
+def _operation(title: str) -> str:
+    """Return the name by which backends know an attention of `_cases`."""
+    kind, _, kernel = title.split(", chunk_size")[0].removesuffix(", masked").partition(", ")
+    return f"FAVOR+ ({kernel})" if kind == "performer" else kind
+
+
+def _by_backend(name: str, operation: str, attend: _Attention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with attention_backend(name):
+        if backend_of(operation, q, k, v) != name:
+            raise PerfVitError(f"the attention backend {name} left {operation} attention to PyTorch operations")
+        return attend(q, k, v)
 
 
 def _cases(grid: tuple[int, int], device: str) -> Iterator[tuple[str, _Attention, _Attention, int]]:
@@ -93,12 +136,14 @@ def _draw(length: int, device: str, dtype: torch.dtype) -> list[Tensor]:
     return [0.5 * torch.randn(2, 2, length, 64, generator=generator).to(device, dtype) for _ in range(4)]
 
 
-def _compare_gradients(name: str, fast: _Attention, naive: _Attention, length: int, device: str) -> float:
-    q, k, v, grad = _draw(length, device, torch.float64)
-    found, expected = (_with_gradients(attend, q, k, v, grad) for attend in (fast, naive))
+def _compare_gradients(
+    name: str, fast: _Attention, naive: _Attention, length: int, device: str, dtype: torch.dtype = torch.float64
+) -> float:
+    inputs = _draw(length, device, dtype)
+    found, expected = _with_gradients(fast, *inputs), _with_gradients(naive, *(x.double() for x in inputs))
     names = ("output", "dq", "dk", "dv")
     pairs = zip(names, found, expected, strict=True)
-    return max(_check_equal(a, b, torch.float64, f"{what} of {name}") for what, a, b in pairs)
+    return max(_check_equal(a, b, dtype, f"{what} of {name}") for what, a, b in pairs)
 
 
 @torch.no_grad()

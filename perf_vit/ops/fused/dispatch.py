@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perf_vit.errors import PerfVitError, warn_once
 
-__all__ = ["BACKENDS", "Limits", "attention_backend", "fused_attention", "set_attention_backend"]
+__all__ = ["BACKENDS", "Limits", "attention_backend", "backend_of", "fused_attention", "set_attention_backend"]
 
 BACKENDS = ("torch", "triton", "flex", "auto")
 """Names that `set_attention_backend` takes."""
@@ -151,25 +151,31 @@ def fused_attention(operation: str, q: Tensor, k: Tensor, v: Tensor, *options: A
         v: Values, [B, H, N, Dv].
         options: Further arguments of the backend's function.
     """
-    if _chosen == "torch":
+    name = backend_of(operation, q, k, v)
+    if name == "torch":
         return None
-    is_captured = torch.compiler.is_compiling()
+    module, function = LIMITS[name].functions[operation]
+    return getattr(import_module(module), function)(q, k, v, *options)
+
+
+def backend_of(operation: str, q: Tensor, k: Tensor, v: Tensor) -> str:
+    """Return the backend that computes a call: "torch", "triton" or "flex"; arguments as of `fused_attention`."""
     name = _chosen
+    if name == "torch" or torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
+        return "torch"
+    is_captured = torch.compiler.is_compiling()
     if name == "auto":
         name = "flex" if is_captured or _needs_gradient(q, k, v) else "triton"
         if q.device.type != "cuda" or operation not in LIMITS[name].functions:
-            return None
-    if torch.jit.is_tracing():  # type: ignore[attr-defined, no-untyped-call]
-        return None
+            return "torch"
     limits = LIMITS[name]
     reason = limits.refusal(q, k, v) if operation in limits.functions else f"doesn't compute {operation} attention"
     if reason is None:
-        module, function = limits.functions[operation]
-        return getattr(import_module(module), function)(q, k, v, *options)
+        return name
     if not is_captured:
         message = f"the attention backend {name!r} {reason}; PyTorch operations compute it instead"
         warn_once(message, message, RuntimeWarning)
-    return None
+    return "torch"
 
 
 @cache
