@@ -48,16 +48,17 @@ def triton_favor_attention(
     if feature_map.kernel.name == "softmax-hyp+":
         rows = torch.cat([rows, -rows])
     by_query, by_key = _scaling(feature_map, k)
+    is_relu = not feature_map.kernel.log_domain
     tiles, numbers = Tiles.of(k, v, q.shape[2], 4), _numbers(k, rows)
     options = {
         "D": k.shape[3],
         "DV": v.shape[3],
         "BLOCK_F": _FEATURES,
-        "IS_RELU": not feature_map.kernel.log_domain,
+        "IS_RELU": is_relu,
         "IS_BALANCED": feature_map.balancing is not None,
     }
     parts = _sums(k, v, key_mask, rows, by_key, numbers, {**options, **tiles.options(queries=False)})
-    state = _joined(parts, options["IS_RELU"])
+    state = _joined(parts, is_relu)
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)
     attend_features[(triton.cdiv(q.shape[2], tiles.queries), q.shape[0] * q.shape[1])](
         q,
