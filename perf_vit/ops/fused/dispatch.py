@@ -53,6 +53,8 @@ class Limits:
         dtypes = {x.dtype for x in (q, k, v)}
         if q.device.type not in self.devices:
             return f"needs a device of type {' or '.join(self.devices)}, got {q.device.type}"
+        if q.is_cuda and not torch.version.hip and (found := torch.cuda.get_device_capability(q.device)) < _CAPABILITY:
+            return f"needs a GPU of compute capability {_dotted(_CAPABILITY)}, got {_dotted(found)}"
         if not _is_installed(self.package):
             return f"needs the package {self.package}, which isn't installed"
         if not self.has_gradient and _needs_gradient(q, k, v):
@@ -66,6 +68,8 @@ class Limits:
         return None
 
 
+# Ampere: the first with products of bfloat16, and what Triton supports.
+_CAPABILITY = (8, 0)
 _HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 # Under its interpreter, which needs this variable before the first import of triton, kernels run on processors.
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -185,6 +189,10 @@ def _is_installed(package: str) -> bool:
 
 def _needs_gradient(*inputs: Tensor) -> bool:
     return torch.is_grad_enabled() and any(x.requires_grad for x in inputs)
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return ".".join(map(str, version))
 
 
 def _names(dtypes: Any) -> str:

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from perf_vit.ops import attention_backend, clustered_attention, draw_projection, favor_attention, set_attention_backend
-from perf_vit.ops.fused.dispatch import LIMITS
+from perf_vit.ops.fused.dispatch import LIMITS, fused_attention
 
 FAVOR = "FAVOR+ (softmax+)"
 
@@ -117,14 +117,24 @@ def test_auto_trains_by_flex_and_predicts_by_triton_on_gpus_alone(calls, monkeyp
     def on_gpu(**options):
         return [x.as_subclass(OnGpu) for x in tokens(**options)]
 
-    from perf_vit.ops.fused.dispatch import fused_attention
-
     with attention_backend("auto"):
         for operation, grad in (("clustered", False), ("clustered", True), (FAVOR, False), (FAVOR, True)):
             fused_attention(operation, *on_gpu(grad=grad))
         fused_attention("clustered", *tokens(grad=True))
     assert calls == ["triton", "flex", "triton"]
     assert not recwarn.list
+
+
+def test_a_gpu_that_is_too_old_is_said(calls, monkeypatch) -> None:
+    class OnOldGpu(torch.Tensor):
+        """Stands for a tensor on a GPU of 2018."""
+
+        is_cuda = True
+
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    with attention_backend("triton"), pytest.warns(RuntimeWarning, match=r"capability 8\.0, got 7\.5; PyTorch"):
+        assert fused_attention("clustered", *(x.as_subclass(OnOldGpu) for x in tokens())) is None
+    assert calls == []
 
 
 def test_an_exported_graph_holds_no_kernel_that_cannot_be_captured(calls) -> None:
