@@ -1,17 +1,16 @@
-"""Is downsampling good enough when the object is tiny? Four networks of the same parameters on tiles of tiny cells.
+"""Is downsampling good enough when the object is tiny? Networks that differ in one part, on tiles of tiny cells.
 
     python tools/benchmarks/tiny_objects train BCCD --variant performer --seed 0 --out runs/tiny
     python tools/benchmarks/tiny_objects report runs/tiny --picture docs/images/tiny_objects.png
     python tools/benchmarks/tiny_objects show BCCD tile.png
 
 Each run is a process of its own, of one thread; its CPU time is what it took of the machine. Everything random follows
-the seed: the weights, which are the same for all variants, and the tiles.
+the seed: the weights, which are the same for all variants without parameters of their own, and the tiles.
 """
 
 from __future__ import annotations
 
 import json
-import time
 from pathlib import Path
 from typing import Annotated
 
@@ -20,22 +19,14 @@ import figure
 import numpy as np
 import torch
 import typer
-from mosaic import Smear, make_mosaic, read_smears, shrunk
-from rich.progress import track
+from fitting import TEST_SEED, Tile, detect, fit, peak_mib
+from mosaic import CLASSES, Smear, make_mosaic, read_smears, shrunk
 from scores import SizeScores
-from torch import Tensor
 from variants import VARIANTS, Variant, build_variant
 
-from perf_vit.models import Detector
-from perf_vit.tasks.optim import warmup_cosine
-from perf_vit.types import Detections, ObjectLabels
 from perf_vit.workflows.progress import console
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
-
-# Statistics of training photographs: standardisation needs them only roughly.
-MEAN, STD = (170.0, 150.0, 190.0), (45.0, 50.0, 25.0)
-TEST_SEED = 1_000_000
 
 
 @app.command()
@@ -54,13 +45,25 @@ def train(
 ) -> None:
     """Train one variant on mosaics of one part of the photographs and score it on mosaics of the other."""
     torch.set_num_threads(1)
-    row, training = VARIANTS[variant], read_smears(bccd)
+    row, (smears, test_smears) = VARIANTS[variant], read_smears(bccd)
     torch.manual_seed(seed)
-    model = build_variant(row, MEAN, STD, side)
-    before = _peak_mib()
-    seconds, losses = _fit(model, row, training[0], seed, [side // 4] * small_steps + [side] * steps, lr)
-    memory = _peak_mib() - before
-    scores, test_seconds = _test(model, row, training[1], side, num_tests)
+    model = build_variant(row, CLASSES, side)
+    sides = [side // 4] * small_steps + [side] * steps
+    before = peak_mib()
+    seconds, losses = fit(
+        model,
+        lambda step, px: _tile(row, smears, px, seed * len(sides) + step),
+        sides,
+        lr,
+        f"{variant} {seed}",
+    )
+    memory = peak_mib() - before
+    scores, test_seconds = SizeScores(), 0.0
+    model.eval()
+    for index in range(TEST_SEED, TEST_SEED + num_tests):
+        found, took = detect(model, _tile(row, test_smears, side, index)[0], row.shrink)
+        scores.update(found, make_mosaic(test_smears, side, index)[1])
+        test_seconds += took / num_tests
     result = {
         "variant": name or variant,
         "title": title or row.title,
@@ -68,7 +71,7 @@ def train(
         "small_steps": small_steps,
         "steps": steps,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "train_cpu_s": seconds,
+        "train_cpu_s": sum(seconds),
         "test_cpu_s_per_tile": test_seconds,
         "train_peak_mib": memory,
         "loss": float(np.mean(losses[-20:])),
@@ -106,72 +109,9 @@ def show(
     cv2.imwrite(str(out), drawn)
 
 
-def _fit(
-    model: Detector, variant: Variant, smears: list[Smear], seed: int, sides: list[int], lr: float
-) -> tuple[float, list[float]]:
-    """Train; CPU seconds of the steps alone, and the losses.
-
-    Args:
-        model: to train.
-        variant: how it sees tiles.
-        smears: to make tiles of.
-        seed: decides the tiles.
-        sides: of each step's tile, in pixels.
-        lr: peak learning rate; it follows the share of all pixels that were seen.
-    """
-    optimizer = torch.optim.AdamW(model.train().parameters(), lr=lr, weight_decay=0.05)
-    pixels = np.cumsum(np.square(sides))
-    seconds, losses = 0.0, []
-    for step, side in enumerate(track(sides, f"{variant.name} {seed}", console=console)):
-        image, labels = _input(variant, smears, side, seed * len(sides) + step)
-        start = time.process_time()
-        for group in optimizer.param_groups:
-            group["lr"] = lr * warmup_cosine(int(pixels[step] - side**2), int(pixels[-1]), 0.05)
-        with torch.autocast("cpu", torch.bfloat16):
-            loss = torch.stack(list(model.losses([image], [labels]).values())).sum()
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        seconds += time.process_time() - start
-        losses.append(float(loss.detach()))
-        if step % 20 == 19:
-            console.print(f"{variant.name} {seed}: step {step + 1}, loss {np.mean(losses[-20:]):.3f}, {seconds:.0f} s")
-    return seconds, losses
-
-
-@torch.inference_mode()
-def _test(
-    model: Detector, variant: Variant, smears: list[Smear], side: int, num_tests: int
-) -> tuple[SizeScores, float]:
-    scores, seconds = SizeScores(), 0.0
-    model.eval()
-    for index in range(num_tests):
-        image, _ = _input(variant, smears, side, TEST_SEED + index)
-        start = time.process_time()
-        with torch.autocast("cpu", torch.bfloat16):
-            (found,) = model(image[None])
-        seconds += time.process_time() - start
-        truth = make_mosaic(smears, side, TEST_SEED + index)[1]
-        scores.update(_enlarged(found, variant.shrink), truth)
-    return scores, seconds / num_tests
-
-
-def _input(variant: Variant, smears: list[Smear], side: int, seed: int) -> tuple[Tensor, ObjectLabels]:
-    image, labels = make_mosaic(smears, side, seed)
-    if variant.shrink > 1:
-        image, labels = shrunk(image, labels, variant.shrink)
-    standardised = (image - np.array(MEAN, np.float32)) / np.array(STD, np.float32)
-    return torch.from_numpy(np.ascontiguousarray(standardised.transpose(2, 0, 1))), labels
-
-
-def _enlarged(found: Detections, factor: int) -> Detections:
-    return Detections(scores=found.scores, labels=found.labels, boxes_xyxy=found.boxes_xyxy * factor)
-
-
-def _peak_mib() -> float:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) / 1024
+def _tile(variant: Variant, smears: list[Smear], side: int, seed: int) -> Tile:
+    tile = make_mosaic(smears, side, seed)
+    return shrunk(*tile, variant.shrink) if variant.shrink > 1 else tile
 
 
 if __name__ == "__main__":

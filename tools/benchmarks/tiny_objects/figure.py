@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from variants import VARIANTS
 
-_COLUMNS = (
+Columns = Sequence[tuple[str, Callable[[dict[str, Any]], float]]]
+
+_COLUMNS: Columns = (
     ("AP50, all sizes", lambda run: run["ap50"]),
     ("AP50, 4 to 8 px", lambda run: _of_size(run, 4, 8)["ap"]),
     ("AP50, 8 to 16 px", lambda run: _of_size(run, 8, 16)["ap"]),
@@ -20,23 +23,28 @@ _COLUMNS = (
     ("recall, 8 to 16 px", lambda run: _of_size(run, 8, 16)["recall"]),
     ("AP50, platelets", lambda run: run["ap50_by_class"]["Platelets"]),
 )
-_COSTS = (
+_COSTS: Columns = (
     ("training, CPU s", lambda run: run["train_cpu_s"]),
     ("test, CPU s a tile", lambda run: run["test_cpu_s_per_tile"]),
     ("training, MiB", lambda run: run["train_peak_mib"]),
 )
 _COLORS = ("#777777", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
-_ORDER = ("downsampled", "performer", "clustered", "windows")
 
 
-def table(results: Sequence[dict[str, Any]]) -> str:
-    """A Markdown table: means over seeds, with the lowest and the highest."""
-    head = ["network", "seeds", *(name for name, _ in _COLUMNS), *(name for name, _ in _COSTS)]
+def table(results: Sequence[dict[str, Any]], columns: Columns = _COLUMNS, costs: Columns = _COSTS) -> str:
+    """A Markdown table: means over seeds, with the lowest and the highest.
+
+    Args:
+        results: Those of all runs.
+        columns: Titles of scores, and functions that read them.
+        costs: The same for costs, which are given as means alone.
+    """
+    head = ["network", "seeds", *(name for name, _ in columns), *(name for name, _ in costs)]
     lines = [head, ["---"] * len(head)]
-    for runs in _by_variant(results):
+    for runs in by_variant(results):
         cells = [runs[0]["title"], str(len(runs))]
-        cells += [_spread([float(get(run)) for run in runs]) for _, get in _COLUMNS]
-        cells += [_cost(float(np.mean([get(run) for run in runs]))) for _, get in _COSTS]
+        cells += [_spread([float(get(run)) for run in runs]) for _, get in columns]
+        cells += [_cost(float(np.mean([get(run) for run in runs]))) for _, get in costs]
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -47,7 +55,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
     FigureCanvasAgg(picture)
     ious = list(results[0]["by_size"])
     for axes, iou in zip(picture.subplots(1, len(ious), sharey=True), ious, strict=True):
-        for runs, color in zip(_by_variant(results), _COLORS, strict=False):
+        for runs, color in zip(by_variant(results), _COLORS, strict=False):
             rows = _bins(runs[0]["by_size"][iou])
             x = [(row["low"] * row["high"]) ** 0.5 for row in rows]
             recall = np.array([[row["recall"] for row in _bins(run["by_size"][iou])] for run in runs])
@@ -78,11 +86,12 @@ def _bins(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
     return list(rows[:last])
 
 
-def _by_variant(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+def by_variant(results: Sequence[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The runs of each variant, in the order of `VARIANTS`."""
     groups: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for run in results:
         groups[run["variant"]].append(run)
-    names = [name for name in _ORDER if name in groups] + [name for name in groups if name not in _ORDER]
+    names = [name for name in VARIANTS if name in groups] + [name for name in groups if name not in VARIANTS]
     return [groups[name] for name in names]
 
 

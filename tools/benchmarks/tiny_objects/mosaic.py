@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -37,14 +38,15 @@ class Smear:
     labels: npt.NDArray[np.int64]
 
 
-def read_smears(folder: Path) -> tuple[list[Smear], list[Smear]]:
+def read_smears(folder: Path, factors: Sequence[int] = _SHRINK) -> tuple[list[Smear], list[Smear]]:
     """The photographs for training, and the last fifth by name, of other slides as far as names tell, for the test.
 
     Args:
         folder: BCCD's folder, with JPEGImages and Annotations.
+        factors: Factors by which photographs are shrunk.
     """
     index = read_object_labels(folder / "Annotations", folder / "JPEGImages", label_format="voc", classes=CLASSES)
-    smears = [_smear(record) for record in sorted(index, key=lambda record: record.path)]
+    smears = [_smear(record, factors) for record in sorted(index, key=lambda record: record.path)]
     num_train = len(smears) - len(smears) // 5
     return smears[:num_train], smears[num_train:]
 
@@ -72,7 +74,7 @@ def make_mosaic(smears: Sequence[Smear], side_px: int, seed: int) -> tuple[npt.N
         factor, left, height = rng.choice(_SHRINK), 0, 1
         while left < side_px:
             smear = smears[next(order)]
-            image, shares = _flipped(smear.images[factor], smear.boxes_xyxy, rng.random(2) < 0.5)
+            image, shares = flipped(smear.images[factor], smear.boxes_xyxy, rng.random(2) < 0.5)
             height, width = image.shape[:2]
             part = image[: side_px - top, : side_px - left]
             canvas[top : top + part.shape[0], left : left + part.shape[1]] = part
@@ -80,7 +82,7 @@ def make_mosaic(smears: Sequence[Smear], side_px: int, seed: int) -> tuple[npt.N
             labels.append(smear.labels)
             left += width
         top += height
-    return canvas, _cut(np.concatenate(boxes), np.concatenate(labels), side_px)
+    return canvas, cut_objects(np.concatenate(boxes), np.concatenate(labels), np.array([0, 0, side_px, side_px]))
 
 
 def shrunk(
@@ -94,20 +96,21 @@ def shrunk(
     )
 
 
-def _smear(record: ImageRecord) -> Smear:
+def _smear(record: ImageRecord, factors: Sequence[int]) -> Smear:
     image = cv2.cvtColor(cv2.imread(record.path), cv2.COLOR_BGR2RGB)
     height, width = image.shape[:2]
     images = {
         # Pixels are averaged over the area that they cover.
         factor: cv2.resize(image, (round(width / factor), round(height / factor)), interpolation=cv2.INTER_AREA)
-        for factor in _SHRINK
+        for factor in factors
     }
     return Smear(images, record.boxes_xyxy / np.array([width, height] * 2), record.labels)
 
 
-def _flipped(
+def flipped(
     image: npt.NDArray[np.uint8], boxes_xyxy: npt.NDArray[np.float64], flips: npt.NDArray[np.bool_]
 ) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]:
+    """Mirror an image and its boxes, given as shares of width and height, along (x, y)."""
     left, top, right, bottom = boxes_xyxy.T
     if flips[0]:
         image, left, right = image[:, ::-1], 1 - right, 1 - left
@@ -116,8 +119,11 @@ def _flipped(
     return image, np.stack([left, top, right, bottom], axis=1)
 
 
-def _cut(boxes_xyxy: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], side_px: int) -> ObjectLabels:
-    cut = boxes_xyxy.clip(0, side_px)
+def cut_objects(
+    boxes_xyxy: npt.NDArray[np.float64], labels: npt.NDArray[np.int64], limits_xyxy: npt.NDArray[Any]
+) -> ObjectLabels:
+    """Cut boxes to limits, [4] or one row for each, [n, 4]; objects of which less than half is left are ignored."""
+    cut = boxes_xyxy.clip(limits_xyxy[..., [0, 1, 0, 1]], limits_xyxy[..., [2, 3, 2, 3]])
     area, left = (np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) for boxes in (boxes_xyxy, cut))
     kept = left > 0
     return ObjectLabels(

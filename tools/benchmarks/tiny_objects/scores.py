@@ -63,13 +63,13 @@ class SizeScores:
             chosen = (labels == index).nonzero()[:, 0]
             chosen = chosen[scores[chosen].argsort(descending=True, stable=True)]
             places = np.nonzero(truth.labels == index)[0]
-            overlap = _overlap(boxes[chosen], objects[places], truth.ignored[places])
+            near = overlap(boxes[chosen], objects[places], truth.ignored[places])
             for least, by_class in self._matches.items():
                 by_class[index].append(
                     _Matches(
                         scores[chosen].numpy(),
                         _size(boxes[chosen]),
-                        _greedy(overlap, truth.ignored[places], least),
+                        greedy(near, truth.ignored[places], least),
                         _size(objects[places]),
                         truth.ignored[places],
                     )
@@ -106,7 +106,7 @@ class SizeScores:
 
     def _ap(self, iou: float, index: int, low: float = 0, high: float = np.inf) -> float:
         scores, right, num = self._outcomes(iou, index, low, high)
-        return _average_precision(scores, right, num)
+        return average_precision(scores, right, num)
 
     def _outcomes(
         self, iou: float, index: int, low: float, high: float
@@ -144,24 +144,24 @@ class SizeScores:
         return hits / max(1, sum(num for _, _, num in parts))
 
 
-def _overlap(boxes: torch.Tensor, objects: torch.Tensor, ignored: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
+def overlap(boxes: torch.Tensor, objects: torch.Tensor, ignored: npt.NDArray[np.bool_]) -> npt.NDArray[np.float32]:
     """IoU of detections and objects, [D, G]; of ignored objects, the share of the detection that lies in them."""
     low, high = torch.maximum(boxes[:, None, :2], objects[:, :2]), torch.minimum(boxes[:, None, 2:], objects[:, 2:])
     shared = (high - low).clamp(min=0).prod(-1)
     areas = (boxes[:, 2:] - boxes[:, :2]).prod(1)[:, None]
-    overlap = torch.where(torch.from_numpy(ignored), shared / areas.clamp(min=1e-6), box_iou(boxes, objects))
-    values: npt.NDArray[np.float32] = overlap.numpy()
+    shares = torch.where(torch.from_numpy(ignored), shared / areas.clamp(min=1e-6), box_iou(boxes, objects))
+    values: npt.NDArray[np.float32] = shares.numpy()
     return values
 
 
-def _greedy(overlap: npt.NDArray[np.float32], ignored: npt.NDArray[np.bool_], least: float) -> npt.NDArray[np.int64]:
+def greedy(overlaps: npt.NDArray[np.float32], ignored: npt.NDArray[np.bool_], least: float) -> npt.NDArray[np.int64]:
     """Index of the object that each detection takes, -1 for none, [D]; ignored objects may be taken again."""
-    matched = np.full(len(overlap), -1)
-    if not overlap.size:
+    matched = np.full(len(overlaps), -1)
+    if not overlaps.size:
         return matched
-    near = np.where(overlap >= least, overlap, 0.0)
+    near = np.where(overlaps >= least, overlaps, 0.0)
     free, hidden = near * ~ignored, near * ignored
-    for index in range(len(overlap)):
+    for index in range(len(overlaps)):
         best, covering = int(free[index].argmax()), int(hidden[index].argmax())
         if free[index, best] > 0:
             matched[index] = best
@@ -171,7 +171,7 @@ def _greedy(overlap: npt.NDArray[np.float32], ignored: npt.NDArray[np.bool_], le
     return matched
 
 
-def _average_precision(scores: npt.NDArray[np.float32], right: npt.NDArray[np.bool_], num: int) -> float:
+def average_precision(scores: npt.NDArray[np.float32], right: npt.NDArray[np.bool_], num: int) -> float:
     """The mean of the highest precision at 101 recalls or more; NaN without objects."""
     if num == 0:
         return float("nan")
