@@ -16,7 +16,8 @@ registers lie between both; S4 and H3, which run along rows, equal the Performer
 its reach of some 200 px; Linformer, whose sums have fixed places, doesn't tell lanes apart; on tiles shrunk four times
 platelets are too small to be found.
 
-Each run is a process of one thread; its CPU time is what it took of the machine. A finished run isn't repeated.
+Each run is a process of one thread; its CPU time is what it took of the machine. A run that is stopped goes on where it
+was; a finished one isn't repeated.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ sys.path.insert(1, str(Path(__file__).parents[1] / "tiny_objects"))
 import lane_figure
 from distance_scores import DistanceScores
 from fitting import TEST_SEED, Tile, detect, fit, peak_mib
-from lanes import CLASSES, SHRINK, LaneMaker
+from lane_hint import LaneHint
+from lanes import CLASSES, LANE_PX, SHRINK, LaneMaker
 from mosaic import read_smears, shrunk
 from variants import VARIANTS, build_variant
 
@@ -45,6 +47,9 @@ from perf_vit.workflows.progress import console
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
 SIDES = (256, 512, 1024)
+TRAIN_SHARE, TEST_SHARE = 0.5, 0.25
+"""Share of the lanes whose control has a white cell."""
+
 Bccd = Annotated[Path, typer.Argument(help="The BCCD data set's folder.")]
 VariantName = Annotated[str, typer.Option("--variant", help=f"One of {', '.join(VARIANTS)}.")]
 
@@ -73,18 +78,19 @@ def train(
     model = build_variant(row, CLASSES, SIDES[-1])
     before = peak_mib()
     seconds, losses = fit(
-        model,
-        lambda step, px: _tile(makers[0], px, seed * len(sides) + step, row.shrink),
+        LaneHint(model, LANE_PX // row.shrink),
+        lambda step, px: _tile(makers[0], px, seed * len(sides) + step, row.shrink, TRAIN_SHARE),
         sides,
         lr,
         f"{variant} {seed}",
+        path.with_suffix(".pt"),
     )
     memory = peak_mib() - before
     scores, test_seconds = DistanceScores(), 0.0
     model.eval()
     for index in range(TEST_SEED, TEST_SEED + num_tests):
         found, took = detect(model, _tile(makers[1], test_px, index, row.shrink)[0], row.shrink)
-        scores.update(found, makers[1].make(test_px, test_px, index)[1])
+        scores.update(found, makers[1].make(test_px, test_px, index, TEST_SHARE)[1])
         test_seconds += took / num_tests
     by_side = defaultdict(float)
     for side, took in zip(sides, seconds, strict=True):
@@ -104,6 +110,7 @@ def train(
     }
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1))
+    path.with_suffix(".pt").unlink(missing_ok=True)
     console.print(result)
 
 
@@ -126,7 +133,7 @@ def show(
     side: Annotated[int, typer.Option(help="Side of the tile.")] = SIDES[-1],
 ) -> None:
     """Draw a test tile: targets red, other platelets green, ignored ones grey."""
-    image, labels = _makers(bccd)[1].make(side, side, TEST_SEED)
+    image, labels = _makers(bccd)[1].make(side, side, TEST_SEED, TEST_SHARE)
     drawn = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     colors = ((0, 0, 200), (0, 140, 0))
     for box, label, ignored in zip(labels.boxes_xyxy.round().astype(int), labels.labels, labels.ignored, strict=True):
@@ -154,8 +161,8 @@ def _makers(bccd: Path) -> list[LaneMaker]:
     return [LaneMaker(smears) for smears in read_smears(bccd, (SHRINK,))]
 
 
-def _tile(maker: LaneMaker, side: int, seed: int, shrink: int) -> Tile:
-    tile = maker.make(side, side, seed)
+def _tile(maker: LaneMaker, side: int, seed: int, shrink: int, target_share: float = TEST_SHARE) -> Tile:
+    tile = maker.make(side, side, seed, target_share)
     return shrunk(*tile, shrink) if shrink > 1 else tile
 
 

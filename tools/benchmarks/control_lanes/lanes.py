@@ -25,8 +25,6 @@ PHOTO_PX = 120
 MARGIN_PX = 64
 """Width of the control at the left end of a lane."""
 
-TARGET_SHARE = 0.25
-
 # Widths of the pieces of photographs that fill a lane.
 _PIECE_PX = (40, 97)
 
@@ -75,13 +73,16 @@ class LaneMaker:
         if not (self.white and self.plain and self.places):
             raise ValueError("expected white cells, columns without any and platelets in the photographs; got too few")
 
-    def make(self, height: int, width: int, seed: int) -> tuple[npt.NDArray[np.uint8], ObjectLabels]:
+    def make(
+        self, height: int, width: int, seed: int, target_share: float = 0.25
+    ) -> tuple[npt.NDArray[np.uint8], ObjectLabels]:
         """Make a tile; platelets in its controls are ignored.
 
         Args:
             height: Height of the tile, a multiple of `LANE_PX`.
             width: Width of the tile, at least `MARGIN_PX`.
             seed: Seed of everything.
+            target_share: Probability that a control has a white cell.
 
         Returns:
             [height, width, 3] uint8, and its platelets.
@@ -91,7 +92,7 @@ class LaneMaker:
         rng = np.random.default_rng(seed)
         canvas = np.zeros((height, width, 3), np.uint8)
         labels = [
-            self._fill(canvas[top : top + PHOTO_PX], top, bool(rng.random() < TARGET_SHARE), rng)
+            self._fill(canvas[top : top + PHOTO_PX], top, bool(rng.random() < target_share), rng)
             for top in range(0, height, LANE_PX)
         ]
         return canvas, ObjectLabels(

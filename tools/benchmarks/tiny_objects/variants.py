@@ -14,6 +14,9 @@ from perf_vit.transforms import Normalizer
 WINDOW_TOKENS = 16
 """Rows and columns of a window: 128 px."""
 
+STRIDE, CHANNELS = 4, 64
+"""Of the one level that the head sees."""
+
 _VIT = {"patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4, "init_values": None}
 _VIT_NAME = "performer_vit_rope_small_patch16_224"
 
@@ -82,8 +85,8 @@ def build_variant(variant: Variant, classes: Sequence[str], side_px: int) -> Det
     config = DetectionModelConfig(
         backbone="resnet18" if variant.mixer is None else _VIT_NAME,
         backbone_kwargs={} if variant.mixer is None else kwargs,
-        strides=[4],
-        channels=64,
+        strides=[STRIDE],
+        channels=CHANNELS,
         head="fcos",
         head_kwargs={"num_convs": 1, "detections_per_tile": 6000, "score_threshold": 0.05},
     )
