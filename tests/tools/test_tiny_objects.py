@@ -89,7 +89,8 @@ def test_variants_without_own_weights_have_the_same(tool) -> None:
 def test_every_variant_learns_from_a_tile(tool, name: str) -> None:
     variants, fitting = tool("variants"), tool("fitting")
     model = variants.build_variant(variants.VARIANTS[name], ("cell",), 128)
-    labels = ObjectLabels(labels=np.array([0]), boxes_xyxy=np.array([[30, 30, 45, 45]], np.float32))
+    boxes = np.array([[30, 30, 45, 45]], np.float32)
+    labels = ObjectLabels(labels=np.array([0]), boxes_xyxy=boxes, ignored=np.array([False]))
     tile = np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8)
     seconds, losses = fitting.fit(model, lambda step, side: (tile, labels), [64], 1e-3, name)
     assert len(seconds) == 1

@@ -46,7 +46,15 @@ from perf_vit.workflows.progress import console
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 
-SIDES = (256, 512, 1024)
+SIDES = (128, 256, 512, 1024)
+"""Sides of the tiles of the curriculum, in pixels: one lane, two, four and eight."""
+
+BATCH_SIZES = {128: 8, 256: 2}
+"""Number of tiles of a step, 1 at other sides."""
+
+SEED_STEP = 10_000
+"""Between the tiles of two seeds: a run needs fewer."""
+
 TRAIN_SHARE, TEST_SHARE = 0.5, 0.25
 """Share of the lanes whose control has a white cell."""
 
@@ -61,9 +69,10 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder that gets VARIANT_SEED.json.")],
     seed: Annotated[int, typer.Option(help="Decides weights and tiles.")] = 0,
     steps: Annotated[
-        tuple[int, int, int], typer.Option(help="Numbers of steps, of one tile each, at 256, 512 and 1,024 px.")
-    ] = (300, 150, 60),
-    num_tests: Annotated[int, typer.Option(help="Number of tiles of the test photographs.")] = 8,
+        tuple[int, int, int, int],
+        typer.Option(help="Numbers of steps on tiles of 128 px (8 tiles a step), 256 px (2), 512 px and 1,024 px (1)."),
+    ] = (100, 100, 40, 12),
+    num_tests: Annotated[int, typer.Option(help="Number of tiles of the test photographs.")] = 6,
     test_px: Annotated[int, typer.Option(help="Side of the test tiles.")] = SIDES[-1],
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
 ) -> None:
@@ -79,11 +88,12 @@ def train(
     before = peak_mib()
     seconds, losses = fit(
         LaneHint(model, LANE_PX // row.shrink),
-        lambda step, px: _tile(makers[0], px, seed * len(sides) + step, row.shrink, TRAIN_SHARE),
+        lambda number, px: _tile(makers[0], px, seed * SEED_STEP + number, row.shrink, TRAIN_SHARE),
         sides,
         lr,
         f"{variant} {seed}",
         path.with_suffix(".pt"),
+        BATCH_SIZES,
     )
     memory = peak_mib() - before
     scores, test_seconds = DistanceScores(), 0.0
@@ -152,7 +162,9 @@ def cost(
     row, maker = VARIANTS[variant], _makers(bccd)[0]
     model = build_variant(row, CLASSES, SIDES[-1])
     for px in side or SIDES:
-        seconds, _ = fit(model, lambda step, px: _tile(maker, px, step, row.shrink), [px] * 2, 1e-3, variant)
+        seconds, _ = fit(
+            model, lambda step, px: _tile(maker, px, step, row.shrink), [px] * 2, 1e-3, variant, None, BATCH_SIZES
+        )
         console.print(f"{variant}, {px} px: {seconds[-1]:.2f} s; peak {peak_mib():,.0f} MiB")
 
 
