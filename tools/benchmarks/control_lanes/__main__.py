@@ -26,7 +26,7 @@ import json
 import sys
 from collections import defaultdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import cv2
 import numpy as np
@@ -42,6 +42,7 @@ from lanes import CLASSES, LANE_PX, SHRINK, LaneMaker
 from mosaic import read_smears, shrunk
 from variants import VARIANTS, build_variant
 
+from perf_vit.models import Detector
 from perf_vit.workflows.progress import console
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -55,8 +56,8 @@ BATCH_SIZES = {128: 8, 256: 2}
 SEED_STEP = 10_000
 """Between the tiles of two seeds: a run needs fewer."""
 
-TRAIN_SHARE, TEST_SHARE = 0.5, 0.25
-"""Share of the lanes whose control has a white cell."""
+TRAIN_SHARE = 0.5
+"""Share of the lanes of training whose control has a white cell; a quarter of those of the test have one."""
 
 Bccd = Annotated[Path, typer.Argument(help="The BCCD data set's folder.")]
 VariantName = Annotated[str, typer.Option("--variant", help=f"One of {', '.join(VARIANTS)}.")]
@@ -71,9 +72,9 @@ def train(
     steps: Annotated[
         tuple[int, int, int, int],
         typer.Option(help="Numbers of steps on tiles of 128 px (8 tiles a step), 256 px (2), 512 px and 1,024 px (1)."),
-    ] = (100, 100, 40, 12),
-    num_tests: Annotated[int, typer.Option(help="Number of tiles of the test photographs.")] = 6,
-    test_px: Annotated[int, typer.Option(help="Side of the test tiles.")] = SIDES[-1],
+    ] = (100, 150, 80, 0),
+    num_tests: Annotated[int, typer.Option(help="Number of test tiles of 1,024 px; more of smaller ones.")] = 8,
+    test_px: Annotated[tuple[int, int], typer.Option(help="Sides of the test tiles.")] = (512, 1024),
     lr: Annotated[float, typer.Option(help="Peak learning rate.")] = 2e-3,
 ) -> None:
     """Train one variant on lanes of one part of the photographs and score it on lanes of the other."""
@@ -96,12 +97,8 @@ def train(
         BATCH_SIZES,
     )
     memory = peak_mib() - before
-    scores, test_seconds = DistanceScores(), 0.0
     model.eval()
-    for index in range(TEST_SEED, TEST_SEED + num_tests):
-        found, took = detect(model, _tile(makers[1], test_px, index, row.shrink)[0], row.shrink)
-        scores.update(found, makers[1].make(test_px, test_px, index, TEST_SHARE)[1])
-        test_seconds += took / num_tests
+    tests = {px: _test(model, makers[1], px, num_tests * SIDES[-1] // px, row.shrink) for px in test_px}
     by_side = defaultdict(float)
     for side, took in zip(sides, seconds, strict=True):
         by_side[str(side)] += took
@@ -113,10 +110,9 @@ def train(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "train_cpu_s": sum(seconds),
         "train_cpu_s_by_side": by_side,
-        "test_cpu_s_per_tile": test_seconds,
         "train_peak_mib": memory,
         "loss": float(np.mean(losses[-20:])),
-        **scores.to_dict(),
+        "tests": tests,
     }
     out.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(result, indent=1))
@@ -143,7 +139,7 @@ def show(
     side: Annotated[int, typer.Option(help="Side of the tile.")] = SIDES[-1],
 ) -> None:
     """Draw a test tile: targets red, other platelets green, ignored ones grey."""
-    image, labels = _makers(bccd)[1].make(side, side, TEST_SEED, TEST_SHARE)
+    image, labels = _makers(bccd)[1].make(side, side, TEST_SEED)
     drawn = cv2.cvtColor(image, cv2.COLOR_RGB2BGR)
     colors = ((0, 0, 200), (0, 140, 0))
     for box, label, ignored in zip(labels.boxes_xyxy.round().astype(int), labels.labels, labels.ignored, strict=True):
@@ -173,7 +169,17 @@ def _makers(bccd: Path) -> list[LaneMaker]:
     return [LaneMaker(smears) for smears in read_smears(bccd, (SHRINK,))]
 
 
-def _tile(maker: LaneMaker, side: int, seed: int, shrink: int, target_share: float = TEST_SHARE) -> Tile:
+def _test(model: Detector, maker: LaneMaker, px: int, num_tiles: int, shrink: int) -> dict[str, Any]:
+    """Return the scores on tiles of one size, and the CPU seconds of a tile."""
+    scores, seconds = DistanceScores(), 0.0
+    for index in range(TEST_SEED, TEST_SEED + num_tiles):
+        found, took = detect(model, _tile(maker, px, index, shrink)[0], shrink)
+        scores.update(found, maker.make(px, px, index)[1])
+        seconds += took / num_tiles
+    return {"cpu_s_per_tile": seconds, **scores.to_dict()}
+
+
+def _tile(maker: LaneMaker, side: int, seed: int, shrink: int, target_share: float = 0.25) -> Tile:
     tile = maker.make(side, side, seed, target_share)
     return shrunk(*tile, shrink) if shrink > 1 else tile
 

@@ -13,15 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-_TITLES = {"target_ap50": "AP50 of the target", "auc": "AUC of the class"}
-_WHOLE: Columns = (
-    ("AP50 of the target", lambda run: run["target_ap50"]),
-    ("AUC of the class", lambda run: run["auc"]),
-    ("AP50 of all platelets", lambda run: run["platelet_ap50"]),
-)
+_TITLES = {"target_ap50": "AP50 of the target", "auc": "AUC of the class", "platelet_ap50": "AP50 of all platelets"}
+_DRAWN = ("target_ap50", "auc")
 _COSTS: Columns = (
     ("training, CPU s", lambda run: run["train_cpu_s"]),
-    ("test, CPU s per tile", lambda run: run["test_cpu_s_per_tile"]),
+    ("test, CPU s per tile of the largest size", lambda run: list(run["tests"].values())[-1]["cpu_s_per_tile"]),
     ("training, MiB", lambda run: run["train_peak_mib"]),
     ("parameters", lambda run: run["parameters"]),
 )
@@ -31,53 +27,71 @@ _STYLES = list(itertools.product(("-", "--"), _COLORS))
 
 
 def tables(results: Sequence[dict[str, Any]]) -> str:
-    """Markdown tables: scores and costs of each variant, then its scores by distance."""
-    by_distance = [table(results, _columns(results, name), ()) for name in _TITLES]
-    parts = [f"{title}\n\n{text}" for title, text in zip(_TITLES.values(), by_distance, strict=True)]
-    return "\n\n".join([table(results, _WHOLE, _COSTS), *parts])
+    """Markdown tables: scores and costs of each variant, then its scores by distance, for each size of test tiles."""
+    sides = list(results[0]["tests"])
+    whole = [
+        (f"{title}, {side} px", lambda run, side=side, name=name: run["tests"][side][name])
+        for side in sides
+        for name, title in _TITLES.items()
+    ]
+    parts = [table(results, whole, _COSTS)]
+    for side in sides:
+        for name in _DRAWN:
+            parts.append(f"{_TITLES[name]}, tiles of {side} px\n\n{table(results, _columns(results, side, name), ())}")
+    return "\n\n".join(parts)
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
-    """Draw both scores by distance, a line for each variant, a band from the lowest to the highest seed."""
-    picture = Figure(figsize=(11, 4.4), layout="constrained")
+    """Draw scores by distance, a line for each variant, a band from the lowest to the highest seed.
+
+    A row of panels for each score, a column for each size of test tiles.
+    """
+    sides = list(results[0]["tests"])
+    picture = Figure(figsize=(10, 7), layout="constrained")
     FigureCanvasAgg(picture)
-    panels = picture.subplots(1, 2, sharey=True)
-    for axes, (name, title) in zip(panels, _TITLES.items(), strict=True):
-        for runs, (line, color) in zip(by_variant(results), _STYLES, strict=False):
-            _draw_runs(axes, runs, name, line, color)
-        bins = results[0]["by_distance"]
-        axes.set_xticks([bins[0]["low"], *(row["high"] for row in bins)])
+    panels = picture.subplots(len(_DRAWN), len(sides), sharey=True, squeeze=False)
+    for name, row in zip(_DRAWN, panels, strict=True):
+        for side, axes in zip(sides, row, strict=True):
+            for runs, (line, color) in zip(by_variant(results), _STYLES, strict=False):
+                _draw_runs(axes, runs, side, name, line, color)
+            bins = _bins(results[0], side)
+            if name == "auc":
+                axes.axhline(0.5, color="black", linestyle=":")
+            else:
+                _draw_shares(axes, bins)
+            axes.set_xticks([bins[0]["low"], *(each["high"] for each in bins)])
+            axes.set_title(f"{_TITLES[name]}, tiles of {int(side):,} px")
+            axes.grid(alpha=0.3)
+            axes.set_ylim(0, 1)
+    for axes in panels[-1]:
         axes.set_xlabel("distance from the control, px")
-        axes.set_title(title)
-        axes.grid(alpha=0.3)
-        axes.set_ylim(0, 1)
-    _draw_chance(panels, results)
-    picture.legend(*panels[0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
+    picture.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside right center", frameon=False, fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
     picture.savefig(path, dpi=110)
 
 
-def _columns(results: Sequence[dict[str, Any]], name: str) -> Columns:
+def _bins(run: dict[str, Any], side: str) -> list[dict[str, Any]]:
+    """The ranges of distances that tiles of this size have."""
+    return [each for each in run["tests"][side]["by_distance"] if each["num_targets"]]
+
+
+def _columns(results: Sequence[dict[str, Any]], side: str, name: str) -> Columns:
     return [
-        (f"{row['low']} to {row['high']} px", lambda run, index=index: run["by_distance"][index][name])
-        for index, row in enumerate(results[0]["by_distance"])
+        (f"{each['low']} to {each['high']} px", lambda run, index=index: _bins(run, side)[index][name])
+        for index, each in enumerate(_bins(results[0], side))
     ]
 
 
-def _draw_runs(axes: Axes, runs: Sequence[dict[str, Any]], name: str, line: str, color: str) -> None:
-    bins = runs[0]["by_distance"]
-    middles = [(row["low"] + row["high"]) / 2 for row in bins]
-    values = np.array([[row[name] for row in run["by_distance"]] for run in runs])
-    axes.plot(
-        middles, values.mean(0), f"o{line}", color=color, label=runs[0]["title"].removeprefix("full resolution, ")
-    )
+def _draw_runs(axes: Axes, runs: Sequence[dict[str, Any]], side: str, name: str, line: str, color: str) -> None:
+    middles = [(each["low"] + each["high"]) / 2 for each in _bins(runs[0], side)]
+    values = np.array([[each[name] for each in _bins(run, side)] for run in runs])
+    title = runs[0]["title"].removeprefix("full resolution, ")
+    axes.plot(middles, values.mean(0), f"o{line}", color=color, label=title)
     axes.fill_between(middles, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
 
 
-def _draw_chance(panels: Sequence[Axes], results: Sequence[dict[str, Any]]) -> None:
-    """Draw the scores of a network that finds every platelet and knows nothing of the controls."""
-    bins = results[0]["by_distance"]
-    edges = [row["low"] for row in bins] + [bins[-1]["high"]]
-    shares = [row["num_targets"] / row["num_platelets"] for row in bins]
-    panels[0].stairs(shares, edges, color="black", linestyle=":", baseline=None, label="share of targets; chance")
-    panels[1].axhline(0.5, color="black", linestyle=":")
+def _draw_shares(axes: Axes, bins: Sequence[dict[str, Any]]) -> None:
+    """Draw the AP of a network that finds every platelet and knows nothing of the controls."""
+    edges = [each["low"] for each in bins] + [bins[-1]["high"]]
+    shares = [each["num_targets"] / each["num_platelets"] for each in bins]
+    axes.stairs(shares, edges, color="black", linestyle=":", baseline=None, label="chance")
