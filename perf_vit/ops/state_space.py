@@ -57,7 +57,8 @@ class DiagonalStates(nn.Module):
         )
         rate = torch.complex(-log_decay.exp(), frequency)
         per_step = rate * log_step.exp()[..., None]
-        gain = torch.view_as_complex(weight) * (per_step.exp() - 1) / rate
+        # Models in the layout channels_last, as detectors are, store pairs apart.
+        gain = torch.view_as_complex(weight.contiguous()) * (per_step.exp() - 1) / rate
         times = torch.arange(length, device=rate.device, dtype=log_step.dtype)
         return 2 * torch.einsum("dcn,dcnt->dct", gain, (per_step[..., None] * times).exp()).real
 

@@ -206,3 +206,11 @@ def test_an_unknown_option_or_size_is_refused(name) -> None:
     option = next(iter(OPTIONS[name]))
     with pytest.raises(ValueError, match=f"{option} must be at least 1, got 0"):
         MIXERS[name].options_type(**{option: 0})
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_mixers_work_in_models_in_channels_last(name: str) -> None:
+    """Detectors are in this layout."""
+    mixer, (q, k, v, mask) = mixer_of(name, 1), tensors((4, 4), 1)
+    expected = mixer(q, k, v, (4, 4), mask)
+    check(mixer.to(memory_format=torch.channels_last)(q, k, v, (4, 4), mask), expected, v)

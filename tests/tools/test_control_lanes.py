@@ -159,14 +159,15 @@ def test_scores_tell_what_is_found_from_what_is_known(tool) -> None:
     assert result["auc"] == pytest.approx(0.875)
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_row_of_the_report_and_is_not_repeated(tool, bccd: Path, tmp_path: Path) -> None:
     commands = runpy.run_path(str(FOLDER / "control_lanes" / "__main__.py"), run_name="control_lanes")
-    options = {"steps": (1, 1, 0, 0), "num_tests": 1, "test_px": (128, 256)}
+    options = {"steps": (0, 1, 0, 0), "num_tests": 1, "test_px": (128, 128)}
     commands["train"](bccd, "registers", tmp_path / "runs", **options)
     path = tmp_path / "runs" / "registers_0.json"
     result = json.loads(path.read_text())
     assert result["loss"] > 0
-    assert list(result["train_cpu_s_by_side"]) == ["128", "256"]
+    assert list(result["train_cpu_s_by_side"]) == ["256"]
     path.write_text(json.dumps({**result, "loss": -1.0}))
     commands["train"](bccd, "registers", tmp_path / "runs", **options)
     assert json.loads(path.read_text())["loss"] == -1.0

@@ -34,11 +34,12 @@ def tables(results: Sequence[dict[str, Any]]) -> str:
         for side in sides
         for name, title in _TITLES.items()
     ]
-    parts = [table(results, whole, _COSTS)]
-    for side in sides:
-        for name in _DRAWN:
-            parts.append(f"{_TITLES[name]}, tiles of {side} px\n\n{table(results, _columns(results, side, name), ())}")
-    return "\n\n".join(parts)
+    by_distance = [
+        f"{_TITLES[name]}, tiles of {side} px\n\n{table(results, _columns(results, side, name), ())}"
+        for side in sides
+        for name in _DRAWN
+    ]
+    return "\n\n".join([table(results, whole, _COSTS), *by_distance])
 
 
 def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
