@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rasterio.enums import Resampling
 
-from perf_vit.writers.halving import half_average, half_nearest
+from perf_vit.writers.pyramid import half_average, half_nearest
 
 
 def _shares(length: int) -> np.ndarray:

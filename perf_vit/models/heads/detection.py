@@ -1,8 +1,8 @@
-"""Common parts of detection heads: interface, targets, anchors, ignored objects."""
+"""Common parts of detection heads: registry, interface, targets, anchors, ignored objects."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -10,9 +10,12 @@ from torch import Tensor, nn
 from torchvision.models.detection.anchor_utils import AnchorGenerator
 from torchvision.models.detection.image_list import ImageList
 
+from perf_vit.errors import ConfigError
+from perf_vit.registry import Registry
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = [
+    "DETECTION_HEADS",
     "IGNORED_COVER",
     "IGNORED_LABEL",
     "CenteredAnchors",
@@ -25,9 +28,15 @@ __all__ = [
     "inside_any",
     "make_targets",
     "placeholder_backbone",
+    "register_detection_head",
     "split_ignored",
     "to_detections",
 ]
+
+DETECTION_HEADS: Registry[Callable[..., nn.Module]] = Registry("model.head", ConfigError)
+"""Heads by name, called with (in_channels, num_classes, strides, **options); see `DetectionHead` for their methods."""
+
+register_detection_head = DETECTION_HEADS.register
 
 IGNORED_LABEL = -1
 """Label of ignored objects within the heads, where they follow all others."""

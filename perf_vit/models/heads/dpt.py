@@ -15,8 +15,7 @@ from perf_vit.models.heads.level_maps import (
     padded_to,
 )
 from perf_vit.models.heads.norms import Norm, apply_norm
-from perf_vit.models.heads.parts import Reach
-from perf_vit.models.heads.registry import register_segmentation_head
+from perf_vit.models.heads.parts import Reach, register_segmentation_head
 from perf_vit.models.necks import nearest_power_of_two
 from perf_vit.types import FeatureSpec
 

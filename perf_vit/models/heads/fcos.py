@@ -23,10 +23,10 @@ from perf_vit.models.heads.detection import (
     inside_any,
     make_targets,
     placeholder_backbone,
+    register_detection_head,
     split_ignored,
     to_detections,
 )
-from perf_vit.models.heads.registry import register_detection_head
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["FCOSHead", "match_locations"]

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from perf_vit.models.heads.norms import GroupNorm
-from perf_vit.models.heads.parts import GridPart, Placement, Reach, resize_part
-from perf_vit.models.heads.registry import register_segmentation_head
+from perf_vit.models.heads.parts import GridPart, Placement, Reach, register_segmentation_head, resize_part
 from perf_vit.types import FeatureSpec
 
 __all__ = ["FullResolutionHead"]

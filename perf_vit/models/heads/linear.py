@@ -9,8 +9,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.models.heads.parts import Reach
-from perf_vit.models.heads.registry import register_segmentation_head
+from perf_vit.models.heads.parts import Reach, register_segmentation_head
 from perf_vit.types import FeatureSpec
 
 __all__ = ["LinearHead"]

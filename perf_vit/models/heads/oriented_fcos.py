@@ -15,7 +15,7 @@ from torchvision.ops import sigmoid_focal_loss
 from perf_vit.distributed import mean_normalizer
 from perf_vit.errors import InputError
 from perf_vit.geometry.oriented_boxes import kfiou_loss, normalize_oriented, oriented_nms, probiou_loss
-from perf_vit.models.heads.registry import register_detection_head
+from perf_vit.models.heads.detection import register_detection_head
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = [

@@ -1,8 +1,8 @@
-"""Parts of an image that a segmentation head computes apart from the rest."""
+"""Segmentation heads: their registry, and the parts of an image that they compute apart from the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,10 +10,28 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from perf_vit.errors import CheckpointError
+from perf_vit.errors import CheckpointError, ConfigError
+from perf_vit.registry import Registry
 from perf_vit.types import Window
 
-__all__ = ["GridPart", "Placement", "Reach", "reach_of", "resize_part"]
+__all__ = [
+    "SEGMENTATION_HEADS",
+    "GridPart",
+    "Placement",
+    "Reach",
+    "reach_of",
+    "register_segmentation_head",
+    "resize_part",
+]
+
+SEGMENTATION_HEADS: Registry[Callable[..., nn.Module]] = Registry("model.head", ConfigError)
+"""Heads by name, called with (feature_specs, in_chans, num_classes, **options).
+
+A head's `forward(features, image)` takes the backbone's maps and the image [B, C, H, W] and returns logits
+[B, num_classes, H, W].
+"""
+
+register_segmentation_head = SEGMENTATION_HEADS.register
 
 _INSTEAD = (
     "train with model.head=full_resolution, linear or segformer and batch norm, or predict in windows without `whole`"

@@ -24,10 +24,10 @@ from perf_vit.models.heads.detection import (
     covered_share,
     image_list,
     make_targets,
+    register_detection_head,
     split_ignored,
     to_detections,
 )
-from perf_vit.models.heads.registry import register_detection_head
 from perf_vit.types import Detections, ObjectLabels
 
 __all__ = ["FasterRCNNHead", "MaskRCNNHead"]

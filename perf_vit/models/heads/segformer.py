@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from perf_vit.models.heads.level_maps import LevelMaps, PixelScores
 from perf_vit.models.heads.norms import Norm, apply_norm
-from perf_vit.models.heads.parts import Reach
-from perf_vit.models.heads.registry import register_segmentation_head
+from perf_vit.models.heads.parts import Reach, register_segmentation_head
 from perf_vit.types import FeatureSpec
 
 __all__ = ["SegFormerHead"]
