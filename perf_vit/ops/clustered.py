@@ -19,7 +19,7 @@ from perf_vit.ops.stripes import Stripe
 from perf_vit.ops.windows import check_grid
 from perf_vit.ops.workers import each_in_threads, num_workers
 
-__all__ = ["clustered_attention", "clustered_stripe"]
+__all__ = ["clustered_attention", "clustered_stripe", "prepare"]
 
 
 def clustered_attention(
@@ -114,32 +114,54 @@ def _clustered_attention(
 ) -> Tensor:
     # Under torch.jit.trace sizes are tensors; a trace is valid for one image size.
     rows, columns = grid if torch.compiler.is_compiling() else (int(grid[0]), int(grid[1]))
-    grid, first, dtype = (rows, columns), num_prefix_tokens, q.dtype
+    grid, dtype = (rows, columns), q.dtype
     # Under autocast, layers with normalised queries and keys give these in float32.
     q, k = q.to(v.dtype), k.to(v.dtype)
     with without_autocast(q):
-        found = fused_attention("clustered", q, k, v, grid, window_size, num_sinks, num_clusters, first, key_mask)
+        options = (window_size, num_sinks, num_clusters, num_prefix_tokens, key_mask)
+        found = fused_attention("clustered", q, k, v, grid, *options)
         if found is not None:
             return found.to(dtype)
-        if key_mask is not None:
-            # Masked keys may hold any value, including NaN.
-            masked = ~key_mask[:, None, :, None]
-            k, v = (x.masked_fill(masked, 0.0) for x in (k, v))
-        prefix = exact_attention(q[:, :, :first], k, v, key_mask)
-        grid_mask = None if key_mask is None else key_mask[:, first:]
-        mean = mean_key(k[:, :, first:], grid_mask)
-        # One vector subtracted from all keys changes no weight, but would round 16-bit keys.
-        is_rounded = k.dtype != mean.dtype
-        k = k if is_rounded else k - mean
-        shared, valid = shared_keys(q, k, v, num_sinks, first, key_mask)
-        q, k, v = (x[:, :, first:] for x in (q, k, v))
-        sample = sample_tokens(q, k, v, grid_mask)
-        if is_rounded:
-            clusters = describe_clusters(sample.minus(mean), num_clusters).moved(mean)
-        else:
-            clusters = describe_clusters(sample, num_clusters)
-        call = ClusteredCall.of(clusters, grid, window_size, shared, chunk_size)
+        call, prefix, q, k, v, valid = prepare(q, k, v, grid, *options, chunk_size)
         return call.run(prefix, q, k, v, valid, grid).to(dtype)
+
+
+def prepare(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: tuple[int, int],
+    window_size: int,
+    num_sinks: int,
+    num_clusters: int,
+    num_prefix_tokens: int,
+    key_mask: Tensor | None,
+    chunk_size: int | None = None,
+) -> tuple[ClusteredCall, Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+    """Attend with the prefix tokens and find the clusters; arguments as in `clustered_attention`.
+
+    Returns:
+        The call, the results of the prefix tokens, [B, H, P, Dv], and queries, keys, values and validity of the grid.
+    """
+    first = num_prefix_tokens
+    if key_mask is not None:
+        # Masked keys may hold any value, including NaN.
+        masked = ~key_mask[:, None, :, None]
+        k, v = (x.masked_fill(masked, 0.0) for x in (k, v))
+    prefix = exact_attention(q[:, :, :first], k, v, key_mask)
+    grid_mask = None if key_mask is None else key_mask[:, first:]
+    if k.dtype in (torch.float32, torch.float64):
+        k = k - mean_key(k[:, :, first:], grid_mask)
+        sample = sample_tokens(q[:, :, first:], k[:, :, first:], v[:, :, first:], grid_mask)
+        clusters = describe_clusters(sample, num_clusters)
+    else:
+        # One vector subtracted from all keys changes no weight, but would round 16-bit keys.
+        sample = sample_tokens(q[:, :, first:], k[:, :, first:], v[:, :, first:], grid_mask)
+        mean = sample.mean_k().detach()
+        clusters = describe_clusters(sample.minus(mean), num_clusters).moved(mean)
+    shared, valid = shared_keys(q, k, v, num_sinks, first, key_mask)
+    q, k, v = (x[:, :, first:] for x in (q, k, v))
+    return ClusteredCall.of(clusters, grid, window_size, shared, chunk_size), prefix, q, k, v, valid
 
 
 def clustered_stripe(

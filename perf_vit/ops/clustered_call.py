@@ -212,7 +212,8 @@ class ClusteredCall:
         head_dim = self.sizes[0]
         q, kv = (x.flatten(0, 2).unsqueeze(1) for x in (queries, keys))
         out = F.scaled_dot_product_attention(q, kv[..., : self.width], kv[..., self.width :], scale=head_dim**-0.5)
-        return self._corrected(queries[..., :head_dim], out.view(*queries.shape[:-1], self.width), moved)
+        out, end = out.view(*queries.shape[:-1], self.width), self.sizes[1] + self.clusters.groups.shape[-1]
+        return self.corrected(queries[..., :head_dim], out[..., : self.sizes[1]], out[..., self.sizes[1] : end], moved)
 
     def _shared_columns(self) -> Tensor:
         """Return the columns of the keys that all queries attend to, [B, H, s, 2 x width]."""
@@ -271,7 +272,7 @@ class ClusteredCall:
         return columns
 
     def _buffers(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the columns of queries and keys of a chunk, whose shared parts are set, and room for `_corrected`."""
+        """Return the columns of queries and keys of a chunk, whose shared parts are set, and room for `corrected`."""
         head_dim, shared = self.sizes[0], self._shared_columns()
         if self.exact_near:
             keys = self._near_buffer(k, shared.shape[2] + self.clusters.num_clusters)
@@ -296,15 +297,19 @@ class ClusteredCall:
             self._hide(columns)
         return columns
 
-    def _corrected(self, q: Tensor, out: Tensor, moved: Tensor | None) -> Tensor:
-        """Add the first-order change of the values of clusters, [B, H, W, T, Dv]; `moved` may be room for a result."""
-        head_dim, value_dim = self.sizes
-        covariance = self.clusters.covariance.flatten(0, 1)
-        mass = out[..., value_dim : value_dim + covariance.shape[1]]
+    def corrected(self, q: Tensor, values: Tensor, mass: Tensor, moved: Tensor | None = None) -> Tensor:
+        """Add the first-order change of the values of clusters, [B, H, W, T, Dv].
+
+        Args:
+            q: Queries, [B, H, W, T, D].
+            values: Attended values, [B, H, W, T, Dv].
+            mass: Weights of the groups of clusters, [B, H, W, T, G].
+            moved: Room for the products of weights and queries, [B, H, W, T, G, D].
+        """
         moved = torch.mul(mass.unsqueeze(-1), q.unsqueeze(-2), out=moved).flatten(-2).flatten(2, 3).flatten(0, 1)
-        values = out[..., :value_dim].flatten(2, 3).flatten(0, 1)
-        covariance = covariance.flatten(1, 2).to(moved.dtype)
-        return torch.baddbmm(values, moved, covariance, alpha=head_dim**-0.5).view(*out.shape[:-1], value_dim)
+        covariance = self.clusters.covariance.flatten(0, 1).flatten(1, 2).to(moved.dtype)
+        scale, flat = self.sizes[0] ** -0.5, values.flatten(2, 3).flatten(0, 1)
+        return torch.baddbmm(flat, moved, covariance, alpha=scale).view(values.shape)
 
     def _far(self, own: Tensor, total: Tensor) -> Tensor:
         """Return the columns of the clusters outside each window, [B, H, W or 1, M, 2 x width]."""

@@ -251,7 +251,11 @@ def sample_tokens(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None) -> S
     dtype = torch.float64 if k.dtype == torch.float64 else torch.float32
     if key_mask is None:
         step = sample_step(k.shape[2])
-        q, k, v = (_every(x, step, x.shape[2] // step).to(dtype) for x in (q, k, v))
+        parts = [_every(x, step, x.shape[2] // step) for x in (q, k, v)]
+        if k.dtype != dtype and v.shape == k.shape and q.dtype == k.dtype == v.dtype:
+            # One conversion instead of three.
+            parts = list(torch.stack(parts).to(dtype).unbind(0))
+        q, k, v = (x.to(dtype) for x in parts)
         return Sample(q, k, v)
     seen = key_mask.sum(dim=1, keepdim=True)
     step, places = sample_step(seen), torch.arange(min(k.shape[2], SAMPLE_TOKENS), device=k.device)

@@ -34,6 +34,7 @@ class Limits:
         package: Package that must be installed.
         devices: Types of devices.
         dtypes: Dtypes of queries, keys and values.
+        smallest_head_dim: Smallest number of channels of keys, and of values.
         largest_head_dim: Largest number of channels of keys, and of values.
         has_gradient: Whether it has a backward pass.
         is_captured: Whether it works in graphs that `torch.compile` and `torch.export` capture.
@@ -43,13 +44,14 @@ class Limits:
     package: str
     devices: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
+    smallest_head_dim: int
     largest_head_dim: int
     has_gradient: bool
     is_captured: bool
 
     def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Return why a call can't be computed, as "needs .., got .."; None if it can."""
-        head_dim = max(k.shape[-1], v.shape[-1])
+        head_dims = sorted((k.shape[-1], v.shape[-1]))
         dtypes = {x.dtype for x in (q, k, v)}
         if q.device.type not in self.devices:
             return f"needs a device of type {' or '.join(self.devices)}, got {q.device.type}"
@@ -63,8 +65,10 @@ class Limits:
             return "can't be part of an exported graph"
         if not dtypes <= set(self.dtypes):
             return f"needs {_names(self.dtypes)}, got {_names(dtypes)}"
-        if head_dim > self.largest_head_dim:
-            return f"needs heads of at most {self.largest_head_dim} channels, got {head_dim}"
+        if head_dims[0] < self.smallest_head_dim:
+            return f"needs heads of at least {self.smallest_head_dim} channels, got {head_dims[0]}"
+        if head_dims[1] > self.largest_head_dim:
+            return f"needs heads of at most {self.largest_head_dim} channels, got {head_dims[1]}"
         return None
 
 
@@ -85,15 +89,18 @@ LIMITS = {
         package="triton",
         devices=("cuda", "cpu") if _INTERPRETED else ("cuda",),
         dtypes=_HALF_AND_SINGLE,
+        smallest_head_dim=1,
         largest_head_dim=128,
         has_gradient=False,
         is_captured=False,
     ),
     "flex": Limits(
-        functions={},
+        functions={"clustered": ("perf_vit.ops.fused.flex_clustered", "flex_clustered")},
         package="torch",
         devices=("cuda",),
         dtypes=_HALF_AND_SINGLE,
+        # Products of tiles need 16 channels; 128 and the further columns of values are rounded up to 256.
+        smallest_head_dim=16,
         largest_head_dim=128,
         has_gradient=True,
         is_captured=True,
