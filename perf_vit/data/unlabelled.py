@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.base import EpochDataModule, EpochLoader, ShareLoader, given_normalizer
 from perf_vit.data.config import BaseDataConfig, SplitConfig, check_base, image_paths
-from perf_vit.errors import InputError
 from perf_vit.models import UnlabelledCrops, collate_tiles
 from perf_vit.sources import find_images
 from perf_vit.transforms import Normalizer
@@ -59,14 +57,16 @@ class DistillationDataModule(EpochDataModule):
     def train_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return the loader of training crops, new ones each epoch."""
         return self.train_loader(
-            EpochLoader(self.train, batch_size=self.batch_size, num_workers=self.num_workers, collate_fn=collate_tiles)
+            EpochLoader(
+                self.train, batch_size=self.loader_batch_size, num_workers=self.num_workers, collate_fn=collate_tiles
+            )
         )
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, Tensor]]:
         """Return the loader of the validation crops, in order."""
         return ShareLoader(
             self.val,
-            batch_size=self.batch_size,
+            batch_size=self.loader_batch_size,
             num_workers=self.num_workers,
             collate_fn=collate_tiles,
         )
@@ -94,7 +94,7 @@ def build_distillation_datamodule(
     )
     parts = []
     for split, length, symmetries in (
-        (config.train, steps_per_epoch * config.batch_size, True),
+        (config.train, steps_per_epoch * config.process_batch_size(), True),
         (config.val, config.num_val_tiles, False),
     ):
         crops = UnlabelledCrops(
@@ -107,15 +107,8 @@ def build_distillation_datamodule(
             symmetries=symmetries,
         )
         if config.mean is None:
-            _check_bytes(crops)
+            crops.check_bytes("give data.mean and data.std in the units of the images")
         parts.append(crops)
-    return DistillationDataModule(*parts, batch_size=config.batch_size, num_workers=config.num_workers)
-
-
-def _check_bytes(crops: UnlabelledCrops) -> None:
-    for source in crops.sources:
-        if source.dtype != np.uint8:
-            raise InputError(
-                f"the model's own mean and std are for 8-bit images, got {source.path} of {source.dtype}; give "
-                "data.mean and data.std in the units of the images"
-            )
+    data = DistillationDataModule(*parts, batch_size=config.batch_size, num_workers=config.num_workers)
+    data.global_batch_size = config.global_batch_size
+    return data

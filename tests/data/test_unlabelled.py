@@ -8,7 +8,8 @@ import torch
 import zarr
 from torch.utils.data import DataLoader
 
-from perf_vit.data import UnlabelledCrops
+from perf_vit.data import DistillationDataConfig, UnlabelledCrops, build_distillation_datamodule
+from perf_vit.data.config import SplitConfig
 from perf_vit.errors import InputError
 from perf_vit.sources import find_images
 from perf_vit.transforms import Normalizer
@@ -129,3 +130,11 @@ def test_crops_of_a_slide_are_those_of_a_raster_of_its_level_0(make_scene, tmp_p
     assert all(torch.equal(crops[index][0], expected[index][0]) for index in range(6))
     loaded = list(DataLoader(crops, batch_size=None, num_workers=1))
     assert torch.equal(loaded[0][0], expected[0][0])
+
+
+def test_a_global_batch_is_the_batch_of_a_distillation(images) -> None:
+    split = SplitConfig(image=[str(image) for image in images])
+    config = DistillationDataConfig(train=split, val=split, tile_px=32, global_batch_size=3, num_val_tiles=4)
+    data = build_distillation_datamodule(config, (0.5,) * 3, (0.2,) * 3, steps_per_epoch=2, seed=0)
+    assert [len(tiles) for tiles, _ in data.train_dataloader()] == [3, 3]
+    assert [len(tiles) for tiles, _ in data.val_dataloader()] == [3, 1]
