@@ -35,6 +35,7 @@ __all__ = [
     "SlideTargets",
     "collate_bags",
     "read_slide_table",
+    "slide_place",
 ]
 
 FloatArray = npt.NDArray[np.float32]
@@ -191,14 +192,20 @@ def read_slide_table(
     names = [row.values[label_column] for row in rows]
     classes = tuple(sorted(set(names)) if classes is None else classes)
     labels = [class_index(name, classes, row.location) for name, row in zip(names, rows, strict=True)]
-    paths: dict[str, str] = {}
+    paths: list[str] = []
+    named: dict[str, str] = {}
     images = NamedImages(Path(slides))
     for row in rows:
-        path = _find(row, images, image_column)
-        if path in paths:
-            raise InputError(f"{row.location} names {path}, as does {paths[path]}; give each slide once")
-        paths[path] = row.location
+        paths.append(_find(row, images, image_column))
+        other = named.setdefault(slide_place(paths[-1]), row.location)
+        if other != row.location:
+            raise InputError(f"{row.location} names {paths[-1]}, as does {other}; give each slide once")
     return SlideTargets(tuple(paths), np.array(labels, np.int64), classes)
+
+
+def slide_place(path: str) -> str:
+    """Return the path that a slide has however it is spelled; a URL is its own."""
+    return path if "://" in path else os.path.realpath(path)
 
 
 def _find(row: CsvRow, images: NamedImages, column: str) -> str:

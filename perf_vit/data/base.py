@@ -17,7 +17,7 @@ import numpy.typing as npt
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 
-from perf_vit.distributed import sample_rank_and_world_size
+from perf_vit.distributed import rank_and_world_size, sample_rank_and_world_size
 from perf_vit.errors import ConfigError, DataWarning
 from perf_vit.models import InputBands, common_names
 from perf_vit.transforms import Normalizer, band_labels, replace_tiny_std
@@ -208,6 +208,14 @@ def shuffled_indices(seed: int, turn: int, length: int) -> npt.NDArray[np.int64]
     return np.random.default_rng((seed, turn, length)).permutation(length)
 
 
+def _sharers() -> tuple[int, str]:
+    """Return how many share the samples, and what they are: processes, or groups of processes that share a tile."""
+    number, num_processes = sample_rank_and_world_size()[1], rank_and_world_size()[1]
+    if number < num_processes:
+        return number, f"{number} groups of {num_processes // number} processes (trainer.sequence_parallel)"
+    return number, f"{number} processes"
+
+
 class EpochDataModule(lightning.LightningDataModule):
     """Data module whose position in an epoch is saved in checkpoints.
 
@@ -236,14 +244,14 @@ class EpochDataModule(lightning.LightningDataModule):
         """
         if self.global_batch_size is None:
             return self.batch_size
-        num_processes = sample_rank_and_world_size()[1]
-        if self.global_batch_size % num_processes:
-            nearest = max(1, round(self.global_batch_size / num_processes)) * num_processes
+        number, sharers = _sharers()
+        if self.global_batch_size % number:
+            nearest = max(1, round(self.global_batch_size / number)) * number
             raise ConfigError(
-                f"data.global_batch_size must be a multiple of the {num_processes} processes, got "
-                f"{self.global_batch_size}; take {nearest}"
+                f"data.global_batch_size must be a multiple of the {sharers}, got {self.global_batch_size}; take "
+                f"{nearest}"
             )
-        return self.global_batch_size // num_processes
+        return self.global_batch_size // number
 
     def train_loader(self, loader: EpochLoader) -> EpochLoader:
         """Return the training loader, which starts at the checkpoint's position, if any.
@@ -253,10 +261,12 @@ class EpochDataModule(lightning.LightningDataModule):
         """
         self._loader = loader
         if not len(loader):
-            num_samples, num_processes = loader.epoch_sampler.length, sample_rank_and_world_size()[1]
+            key = "batch_size" if self.global_batch_size is None else "global_batch_size"
+            number, sharers = _sharers()
+            who = "1 process has" if number == 1 else f"{sharers} share"
             raise ConfigError(
-                f"data.batch_size: {num_processes} processes share the {num_samples} samples of an epoch, "
-                f"too few for a batch of {loader.batch_size} each; take smaller batches or fewer trainer.devices"
+                f"data.{key}: {who} the {loader.epoch_sampler.length} samples of an epoch, too few for a batch of "
+                f"{loader.batch_size} each; take smaller batches or fewer trainer.devices"
             )
         loader.num_skipped, self._num_skipped = self._num_skipped, 0
         return loader

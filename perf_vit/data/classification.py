@@ -230,7 +230,8 @@ def _split(labelled: ImageTargets, config: ImageDataConfig, seed: int) -> tuple[
             check_groups_apart(groups, read_groups(config.val.labels, column), column)
         return labelled, read_image_targets(config, config.val, names=labelled.names, allow_missing=True)
     kinds = labelled.targets.astype(np.int64) if labelled.targets.ndim == 1 else None
-    train, val = split_items(len(labelled), config, seed, "images", labels=kinds, groups=groups, column=column)
+    key = f"data.group_column {column}"
+    train, val = split_items(len(labelled), config, seed, "images", labels=kinds, groups=groups, key=key)
     return labelled.part(train), labelled.part(val)
 
 

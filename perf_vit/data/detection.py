@@ -260,8 +260,8 @@ def _indices(config: DetectionDataConfig, seed: int, *, oriented: bool) -> tuple
             check_groups_apart(_groups_of(train, config.groups), _groups_of(val, config.groups), "group")
         return train, val
     groups = None if config.groups is None else _groups_of(train, config.groups)
-    column = None if config.groups is None else f"group of {config.groups}"
-    chosen = set(split_items(len(train), config, seed, "images", groups=groups, column=column)[1])
+    key = None if config.groups is None else f"data.groups {config.groups}"
+    chosen = set(split_items(len(train), config, seed, "images", groups=groups, key=key)[1])
     val = train if _training_mpp(config) == config.mpp else read(config.train, "data.train", config.mpp)
     return (
         replace(train, records=_part(train, chosen, inside=False)),

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from perf_vit.data.augmentation import AugmentConfig, check_augment
-from perf_vit.data.bags import EmbeddingStore, SlideBags, SlideTargets, collate_bags, read_slide_table
+from perf_vit.data.bags import EmbeddingStore, SlideBags, SlideTargets, collate_bags, read_slide_table, slide_place
 from perf_vit.data.base import EpochDataModule, EpochLoader, ShareLoader
 from perf_vit.data.config import BaseDataConfig, SplitConfig, check_base
 from perf_vit.data.slide_windows import WindowBags, WindowBatch, collate_windows
@@ -183,7 +183,8 @@ def read_slides(config: SlideClassificationDataConfig, seed: int) -> tuple[Slide
         )
     if config.val is not None:
         val = read_slide_table(config.val.labels, config.val.image or folder, train.classes, **columns)
-        common = sorted(set(train.paths) & set(val.paths))
+        trained = set(map(slide_place, train.paths))
+        common = sorted(path for path in val.paths if slide_place(path) in trained)
         if common:
             raise ConfigError(f"{common[0]} is in both data.train and data.val; keep it in one of them")
         if config.group_column is not None:
@@ -192,7 +193,8 @@ def read_slides(config: SlideClassificationDataConfig, seed: int) -> tuple[Slide
         return train, val
     column = config.group_column
     groups = None if column is None else read_groups(config.train.labels, column)
-    parts = split_items(len(train), config, seed, "slides", labels=train.labels, groups=groups, column=column)
+    key = f"data.group_column {column}"
+    parts = split_items(len(train), config, seed, "slides", labels=train.labels, groups=groups, key=key)
     return train.part(parts[0]), train.part(parts[1])
 
 

@@ -66,7 +66,7 @@ def split_items(
     *,
     labels: npt.NDArray[np.int64] | None = None,
     groups: Sequence[str] | None = None,
-    column: str | None = None,
+    key: str | None = None,
 ) -> tuple[list[int], list[int]]:
     """Split items at random into training and validation, or hold out a fold.
 
@@ -77,7 +77,7 @@ def split_items(
         what: Name of the items, for errors.
         labels: Class index of each item, whose shares both sides keep; None for items of one kind.
         groups: Group of each item; all items of a group are on one side. None if each item is a group of its own.
-        column: What the groups are, for errors.
+        key: Config key of the groups and its value, for errors.
 
     Returns:
         Indices of training and validation items, sorted.
@@ -86,9 +86,9 @@ def split_items(
         ConfigError: One of the sides would be empty, or no group can be held out.
     """
     if config.num_folds is not None:
-        return _hold_out_fold(num_items, config, seed, what, labels=labels, groups=groups, column=column)
+        return _hold_out_fold(num_items, config, seed, what, labels=labels, groups=groups, key=key)
     if groups is not None:
-        return split_groups(groups, labels, config.val_share, seed, column or what)
+        return split_groups(groups, labels, config.val_share, seed, key or what)
     kinds = np.zeros(num_items, np.int64) if labels is None else labels
     rng = np.random.default_rng(seed)
     held: list[int] = []
@@ -112,14 +112,14 @@ def _hold_out_fold(
     *,
     labels: npt.NDArray[np.int64] | None,
     groups: Sequence[str] | None,
-    column: str | None,
+    key: str | None,
 ) -> tuple[list[int], list[int]]:
     """Deal groups to folds, the largest first, each to the fold that has least of its classes."""
     assert config.num_folds is not None
     own = np.arange(num_items) if groups is None else np.asarray(groups, dtype=object).astype(str)
     counts, members = _class_counts(own, labels)
     if len(counts) < config.num_folds:
-        of = f"groups of data.group_column {column}" if groups is not None else what
+        of = f"groups of {key}" if groups is not None else what
         raise ConfigError(
             f"data.num_folds {config.num_folds} needs at least as many {of}, got {len(counts)}; take fewer folds"
         )
@@ -258,7 +258,7 @@ def check_groups_apart(train: Sequence[str], val: Sequence[str], column: str) ->
 
 
 def split_groups(
-    groups: Sequence[str], labels: npt.NDArray[np.int64] | None, share: float, seed: int, column: str
+    groups: Sequence[str], labels: npt.NDArray[np.int64] | None, share: float, seed: int, key: str
 ) -> tuple[list[int], list[int]]:
     """Split items at random into training and validation, all items of a group on one side.
 
@@ -270,7 +270,7 @@ def split_groups(
         labels: Class index of each item; None for items of one kind.
         share: Fraction of the items of each class to validate on.
         seed: Seed of the split.
-        column: What the groups are, for errors.
+        key: Config key of the groups and its value, for errors.
 
     Returns:
         Indices of training and validation items, sorted.
@@ -292,7 +292,7 @@ def split_groups(
         free = [group for group in order if _leaves_all(total, counts[group])]
         if not free:
             raise ConfigError(
-                f"data.group_column {column} has {len(counts)} groups, none of which can be held out without leaving a "
+                f"{key} has {len(counts)} groups, none of which can be held out without leaving a "
                 "class without training data; give data.val"
             )
         chosen = {min(free, key=lambda group: int(counts[group].sum()))}

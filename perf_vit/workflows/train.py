@@ -222,7 +222,13 @@ def fit_tile(
         having = [name for name, each in TASKS.items() if each.training_steps is not None]
         raise ConfigError(f"tiles are fitted for configs of {' and '.join(having)}, got one of {task.name}: {config}")
     # Nothing is written, so a run folder is not asked for.
-    steps = task.training_steps(read_run(config, overrides, "."))
+    run = read_run(config, overrides, ".")
+    if run.trainer.sequence_parallel:
+        raise ConfigError(
+            "tiles are fitted for one process, got trainer.sequence_parallel="
+            f"{str(run.trainer.sequence_parallel).lower()}, with which several share a tile; set it to false"
+        )
+    steps = task.training_steps(run)
     steps = steps if batch_size is None else replace(steps, batch_size=batch_size)
     return fit_max_tile(steps, limit, max_tile_px=max_tile, on_measured=on_measured)
 

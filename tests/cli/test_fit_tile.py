@@ -37,6 +37,13 @@ def test_sizes_without_units_are_one_line(text: str) -> None:
         parse_bytes(text)
 
 
+@pytest.mark.parametrize("number", ["true", "2"])
+def test_processes_that_share_a_tile_are_refused_in_one_line(number: str, capsys) -> None:
+    files = [f"data.{part}.{key}=x" for part in ("train", "val") for key in ("image", "labels")]
+    assert call(["fit-tile", "configs/segmentation/demo.yaml", *files, f"trainer.sequence_parallel={number}"]) == 2
+    assert f"fitted for one process, got trainer.sequence_parallel={number}, with which" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("config", ["classification/scenes", "regression/biomass", "slide_classification/tumour"])
 def test_a_config_of_another_task_is_one_line(config, capsys) -> None:
     assert call(["fit-tile", f"configs/{config}.yaml"]) == 2

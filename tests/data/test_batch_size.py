@@ -3,7 +3,7 @@
 import pytest
 
 from perf_vit.data import base
-from perf_vit.data.base import EpochDataModule
+from perf_vit.data.base import EpochDataModule, EpochLoader
 from perf_vit.errors import ConfigError
 
 
@@ -24,3 +24,19 @@ def test_a_global_batch_that_processes_cannot_share_is_refused(monkeypatch) -> N
     monkeypatch.setattr(base, "sample_rank_and_world_size", lambda: (0, 3))
     with pytest.raises(ConfigError, match=r"must be a multiple of the 3 processes, got 8; take 9"):
         _ = module(1, 8).loader_batch_size
+
+
+def test_groups_of_processes_that_share_a_tile_are_not_called_processes(monkeypatch) -> None:
+    monkeypatch.setattr(base, "sample_rank_and_world_size", lambda: (0, 3))
+    monkeypatch.setattr(base, "rank_and_world_size", lambda: (0, 6))
+    with pytest.raises(ConfigError, match=r"must be a multiple of the 3 groups of 2 processes .*, got 8; take 9"):
+        _ = module(1, 8).loader_batch_size
+
+
+@pytest.mark.parametrize(("global_batch_size", "key"), [(None, "data.batch_size"), (8, "data.global_batch_size")])
+def test_too_few_samples_for_a_batch_are_refused_with_the_key_that_was_set(global_batch_size, key) -> None:
+    data = module(8, global_batch_size)
+    with pytest.raises(
+        ConfigError, match=rf"^{key}: 1 process has the 5 samples of an epoch, too few for a batch of 8"
+    ):
+        data.train_loader(EpochLoader(range(5), batch_size=data.loader_batch_size, num_workers=0))

@@ -58,6 +58,19 @@ def test_images_without_one_group_are_named(tmp_path, rows, message) -> None:
         build_detection_datamodule(config(train, tmp_path / "g.csv", rows), seed=0)
 
 
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({}, r"^data\.groups .*g\.csv has 1 groups, none of which can be held out"),
+        ({"num_folds": 2}, r"^data\.num_folds 2 needs at least as many groups of data\.groups .*g\.csv, got 1"),
+    ],
+)
+def test_too_few_groups_are_refused_with_the_key_that_gave_them(tmp_path, keys, message) -> None:
+    train = split(tmp_path / "images", ["1.png", "2.png"])
+    with pytest.raises(ConfigError, match=message):
+        build_detection_datamodule(config(train, tmp_path / "g.csv", ["1.png,P1", "2.png,P1"], **keys), seed=0)
+
+
 def test_a_group_in_both_splits_is_refused(tmp_path) -> None:
     train, val = split(tmp_path / "train", ["1.png"]), split(tmp_path / "val", ["2.png"])
     with pytest.raises(ConfigError, match="group P1 is in both"):

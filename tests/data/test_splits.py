@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from perf_vit.data import SlideClassificationDataConfig, SlideClassificationSplitConfig
+from perf_vit.data.bags import read_slide_table
 from perf_vit.data.slide_classification import read_slides
 from perf_vit.data.splits import HoldOutConfig, split_groups, split_items, warn_of_shared_places
 from perf_vit.errors import ConfigError, InputError
@@ -48,7 +49,7 @@ def test_the_share_of_each_class_is_held_out_where_groups_are_small() -> None:
 
 def test_one_group_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"data.group_column patient has 1 groups, none of which can be held out"):
-        split_groups(["P1"] * 4, np.array([0, 1, 0, 1]), 0.2, 0, "patient")
+        split_groups(["P1"] * 4, np.array([0, 1, 0, 1]), 0.2, 0, "data.group_column patient")
 
 
 def write_table(path: Path, rows: list[str], header: str = "slide,label,patient") -> str:
@@ -80,6 +81,21 @@ def test_a_patient_in_both_tables_is_refused_in_one_line(tmp_path: Path) -> None
     with pytest.raises(ConfigError, match=r"^patient P2 is in both data.train and data.val, .* keep each"):
         read_slides(config_of(tmp_path, train, val), 0)
     assert len(read_slides(config_of(tmp_path, train, val, group_column=None), 0)[1]) == 2
+
+
+def test_a_slide_is_the_same_however_its_path_is_spelled(tmp_path: Path) -> None:
+    config = config_of(tmp_path, ["a,x,P1", "b,y,P2"], ["c,x,P3", "b,y,P4"], group_column=None)
+    (tmp_path / "linked").symlink_to(tmp_path)
+    for folder in (tmp_path / ".." / tmp_path.name, tmp_path / "linked"):
+        config.val.image = str(folder)
+        with pytest.raises(ConfigError, match=r"b\.svs is in both data\.train and data\.val"):
+            read_slides(config, 0)
+    Path(config.train.labels).write_text("slide,label\na,x\nb,y\nlinked/a,x\n")
+    with pytest.raises(InputError, match=r"line 4 of .* names .*linked/a\.svs, as does line 2 of"):
+        read_slides(config, 0)
+    Path(config.train.labels).write_text("slide,label\ns3://bucket/a.svs,x\ns3://bucket/../a.svs,y\n")
+    config.val = None
+    assert len(read_slide_table(config.train.labels, tmp_path)) == 2
 
 
 def test_a_table_without_the_column_or_a_value_is_named(tmp_path: Path) -> None:
@@ -138,7 +154,9 @@ def test_more_folds_than_groups_are_refused() -> None:
     with pytest.raises(
         ConfigError, match=r"num_folds 3 needs at least as many groups of data.group_column site, got 2"
     ):
-        split_items(4, HoldOutConfig(num_folds=3), 0, "slides", groups=["a", "a", "b", "b"], column="site")
+        split_items(
+            4, HoldOutConfig(num_folds=3), 0, "slides", groups=["a", "a", "b", "b"], key="data.group_column site"
+        )
 
 
 class Placed:
