@@ -6,6 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Annotated, Any
 
 import typer
@@ -53,6 +54,12 @@ def _options(
     pass
 
 
+@cache
+def _group() -> Any:
+    """Group of all commands, built once: reading the signatures of all commands takes longer than most errors."""
+    return typer.main.get_command(app)
+
+
 def run(args: list[str] | None = None) -> None:
     """Run the command line and exit: 0 when all went well, 2 with one line on stderr for what a user can mend."""
     wait_passively()
@@ -61,7 +68,7 @@ def run(args: list[str] | None = None) -> None:
     sys.unraisablehook = _unraisable
     try:
         with _warnings_as_lines():
-            app(args)
+            _group()(args)
     except PerfVitError as error:
         sys.exit(_fail(_own_words(error)))
     except (OSError, MemoryError) as error:
@@ -78,7 +85,7 @@ def _own_words(error: PerfVitError) -> str:
     """What an error says; one of a data loader's worker comes with the traceback of that process before it."""
     text = str(error)
     if "Traceback (most recent call last)" not in text:
-        return with_flags(error, text, typer.main.get_command(app))
+        return with_flags(error, text, _group())
     name = f"{type(error).__name__}: "
     return text[text.rindex(name) + len(name) :] if name in text else text.strip().splitlines()[-1]
 

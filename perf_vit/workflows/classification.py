@@ -23,6 +23,7 @@ from perf_vit.data import (
 from perf_vit.finite import check_finite
 from perf_vit.inference import ClassificationPredictOptions, ClassificationPredictor
 from perf_vit.inference.prefetch import load_ahead
+from perf_vit.labels.tables import ImageTargets
 from perf_vit.metrics import ClassificationMetrics, RegisteredMetrics, RegressionScores
 from perf_vit.models import ClassificationSpec, InputCheck, check_not_random, collate_tiles
 from perf_vit.reporting import ImageSamples, Sample, text_sample
@@ -80,14 +81,7 @@ def evaluate_classification(
     """
     predictor = ClassificationPredictor(model, options.for_prediction(ClassificationPredictOptions))  # type: ignore[arg-type]
     spec = predictor.model.spec
-    split = ClassificationSplitConfig(image=str(images), labels=None if labels is None else str(labels))
-    columns = dict(spec.label_options)
-    if spec.kind == "regression":
-        config: Any = RegressionDataConfig(train=split, targets=list(spec.classes), **columns)
-        labelled = read_image_targets(config, split)
-    else:
-        config = ClassificationDataConfig(train=split, multilabel=spec.kind == "multilabel", **columns)
-        labelled = read_image_targets(config, split, names=spec.classes, allow_missing=True)
+    labelled = _labelled_images(spec, images, labels)
     images_seen = ClassificationImages(labelled, partial(spec.open, check=predictor.check_input))
     views = ClassificationViews(
         images_seen, spec.normalizer, tile_px=spec.tile_px, resize=spec.resize, whole=spec.whole
@@ -119,6 +113,17 @@ def evaluate_classification(
         evaluation = ClassificationEvaluation(scores, title=title, registered=registered)
     evaluation.samples = shown
     return evaluation
+
+
+def _labelled_images(spec: ClassificationSpec, images: Path, labels: Path | None) -> ImageTargets:
+    """Read labels with the columns that the model was trained on."""
+    split = ClassificationSplitConfig(image=str(images), labels=None if labels is None else str(labels))
+    columns = dict(spec.label_options)
+    if spec.kind == "regression":
+        numbers = RegressionDataConfig(train=split, targets=list(spec.classes), **columns)
+        return read_image_targets(numbers, split)
+    config = ClassificationDataConfig(train=split, multilabel=spec.kind == "multilabel", **columns)
+    return read_image_targets(config, split, names=spec.classes, allow_missing=True)
 
 
 def _sample(predictor: ClassificationPredictor, path: str, found: torch.Tensor, target: Any) -> tuple[float, Sample]:

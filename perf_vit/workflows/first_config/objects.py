@@ -45,14 +45,7 @@ def draft_detection(files: Files) -> Draft:
     """
     labels = files.required_labels("a label file, or a folder with one for each image")
     label_format = files.label_format or _recognised(Path(labels))
-    with working("reading the labels"):
-        index = read_object_labels(
-            labels,
-            files.image,
-            label_format=label_format,
-            attribute=files.attribute,
-            oriented=label_format == "dota",
-        )
+    index = _read(files, labels, label_format)
     counts = index.class_counts()
     if not sum(counts.values()):
         raise InputError(f"{labels} has no objects to learn from; check the labels")
@@ -83,6 +76,17 @@ def draft_detection(files: Files) -> Draft:
     draft.predict = ["--input", _first_scored(files, index, draft)]
     draft.predict += ["--output", f"{files.run}/objects.{'gpkg' if has_crs else 'geojson'}"]
     return draft
+
+
+def _read(files: Files, labels: str, label_format: str) -> ObjectIndex:
+    with working("reading the labels"):
+        return read_object_labels(
+            labels,
+            files.image,
+            label_format=label_format,
+            attribute=files.attribute,
+            oriented=label_format == "dota",
+        )
 
 
 def _recognised(labels: Path) -> str:
