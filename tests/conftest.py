@@ -7,6 +7,9 @@ from pathlib import Path
 # One thread a process: the suite runs in as many processes as there are cores, and small operations on two threads of
 # a busy machine take many times longer than on one.
 os.environ["OMP_NUM_THREADS"] = "1"
+# Bytecode is kept, also where the environment asks for none: without it each process compiles the package, and rewrites
+# the assertions of all tests.
+os.environ["PYTHONDONTWRITEBYTECODE"] = ""
 # What several test files share is imported by its name: `from command_line import call`.
 sys.path.insert(0, str(Path(__file__).parent / "support"))
 
@@ -23,6 +26,7 @@ from affine import Affine
 
 from perf_vit import errors
 
+sys.dont_write_bytecode = False
 torch.set_num_threads(1)
 
 CRS = "EPSG:32637"

@@ -26,6 +26,8 @@ BROUGHT = {
     "geopandas": {"pyproj", "pandas"},
     "timm": {"filelock", "huggingface_hub", "yaml", "PIL"},
     "albumentations": {"cv2"},
+    # On Linux, where it runs on GPUs.
+    "torch": {"triton"},
 }
 
 
@@ -74,6 +76,7 @@ def statements(body: list[ast.stmt], *, in_functions: bool) -> Iterator[ast.stmt
                 yield from statements(handler.body, in_functions=in_functions)
 
 
+@cache
 def imported(module: str, *, in_functions: bool = False) -> set[str]:
     """Modules that a module imports by name."""
     found = set()
@@ -131,9 +134,14 @@ def test_a_module_needs_no_packages_but_those_of_its_extra(extra: str, module: s
         assert closure(module) - CORE != set()
 
 
-@pytest.mark.parametrize("module", sorted(trees()))
-def test_no_module_imports_slides_ray_or_exporters_before_they_are_used(module: str) -> None:
-    assert closure(module) - CORE - EXTRAS["train"] == set()
+def test_no_module_imports_slides_ray_or_exporters_before_they_are_used() -> None:
+    early = {module: closure(module) - CORE - EXTRAS["train"] for module in trees()}
+    assert {module: packages for module, packages in early.items() if packages} == {}
+
+
+def test_triton_is_imported_with_fused_kernels_only() -> None:
+    needing = {module for module in trees() if "triton" in closure(module)}
+    assert {module for module in needing if not module.startswith("perf_vit.ops.fused.")} == set()
 
 
 def test_every_imported_package_belongs_to_an_extra() -> None:

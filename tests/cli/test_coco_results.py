@@ -48,7 +48,8 @@ def make_shop(folder, kind):
     options = {"head": "fcos", "head_kwargs": {"detections_per_tile": 60}}
     if kind == "masks":
         # Untrained, it finds objects of several classes and sizes.
-        options |= {"head": "mask_rcnn", "backbone": "resnet18"}
+        masks = {"detections_per_tile": 30}
+        options |= {"head": "mask_rcnn", "backbone": "resnet18", "head_kwargs": masks}
     detector = save_detector(folder / "d.ckpt", replace(SPEC, kind=kind), **options)
     args = ["--checkpoint", detector, "--input", folder / "images", "--output", folder / "first"]
     assert call(["predict", *args, "--score-threshold", "0", "--polygons", "json"]) == 0

@@ -19,6 +19,12 @@ FORCED = ["--max-exact-tokens", "0"]
 FAST = ["--img-size", "64", "--window-size", "2", "--num-sinks", "4", "--num-clusters", "5", *FORCED]
 
 
+@pytest.fixture(autouse=True)
+def _time_once(monkeypatch) -> None:
+    """No test here looks at the times."""
+    monkeypatch.setattr("perf_vit.workflows.conversion_report.measure.NUM_RUNS", 1)
+
+
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> Path:
     torch.manual_seed(0)

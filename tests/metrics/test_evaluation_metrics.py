@@ -7,7 +7,6 @@ import tracemalloc
 import numpy as np
 import pytest
 import torch
-from monai.metrics import compute_froc_curve_data, compute_froc_score
 from torchmetrics.classification import BinaryAUROC, BinaryAveragePrecision, MulticlassAUROC, MulticlassAveragePrecision
 from torchmetrics.detection import PanopticQuality as TorchmetricsPanopticQuality
 
@@ -146,6 +145,9 @@ def test_froc_is_that_of_monai() -> None:
         vain += scores[~inside.any(1)].tolist()
         num_lesions += len(boxes)
     assert 0 in hits
+    # Imported here: every process collects this file, and one runs this test.
+    from monai.metrics import compute_froc_curve_data, compute_froc_score
+
     rates, sensitivity = compute_froc_curve_data(np.array(vain), np.array(hits), num_lesions, num_images)
     (scores,) = metric.compute()
     assert scores["mean"] == pytest.approx(compute_froc_score(rates, sensitivity, FROC_RATES))
