@@ -21,6 +21,7 @@ __all__ = [
     "PerfVitError",
     "UnreachableError",
     "extra",
+    "is_out_of_memory",
     "parsing",
     "reason_line",
     "warn_once",
@@ -152,3 +153,14 @@ def reason_line(cause: Exception) -> str:
     if isinstance(cause, OSError | ValueError | RuntimeError | TypeError) and lines:
         return lines[0].rstrip(".")
     return f"{name}: {lines[0]}" if lines else name
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an exception says that memory is too small: Python's, or torch's, of a GPU or of the CPU."""
+    if isinstance(error, MemoryError):
+        return True
+    if not isinstance(error, RuntimeError):
+        return False
+    # By name, as torch is slow to import; the CPU's allocator has no class of its own.
+    is_named = any(each.__name__ == "OutOfMemoryError" for each in type(error).__mro__)
+    return is_named or "can't allocate memory" in str(error) or "not enough memory" in str(error)

@@ -7,12 +7,14 @@ import math
 import re
 from typing import Any
 
-__all__ = ["printable", "to_json", "without_nan", "xml_text"]
+__all__ = ["number_text", "printable", "to_json", "without_nan", "xml_text"]
 
 # C0 and C1 controls, line and paragraph separators, bidirectional controls, surrogates.
 _UNSEEN = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 # XML 1.0, section 2.2; TIFF metadata is XML.
 _NOT_XML = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]")
+# Integers below are numbers of float64, and shorter than with an exponent.
+_MOST_DIGITS = 1e15
 _SURROGATES = re.compile("[\ud800-\udfff]")
 
 
@@ -22,6 +24,12 @@ def printable(text: str) -> str:
     Bytes of file names that aren't UTF-8 are escaped as Python's surrogates, "\udce4".
     """
     return _UNSEEN.sub(_escaped, text)
+
+
+def number_text(value: float) -> str:
+    """Format a number with all digits that tell it from others: "255", "16777215", "-3.4028234663852886e+38"."""
+    value = float(value)
+    return f"{value:.0f}" if value.is_integer() and abs(value) < _MOST_DIGITS else repr(value)
 
 
 def xml_text(text: str) -> str:

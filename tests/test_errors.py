@@ -5,8 +5,18 @@ import pickle
 from pathlib import Path
 
 import pytest
+import torch
 
-from perf_vit.errors import CheckpointError, InputError, MissingPackageError, PerfVitError, extra, parsing
+from perf_vit.cli import main
+from perf_vit.errors import (
+    CheckpointError,
+    InputError,
+    MissingPackageError,
+    PerfVitError,
+    extra,
+    is_out_of_memory,
+    parsing,
+)
 
 
 @pytest.mark.parametrize(
@@ -69,3 +79,28 @@ def test_our_own_import_errors_are_not_missing_packages() -> None:
         importlib.import_module("perf_vit.nothing")
     with pytest.raises(ImportError, match=r"^circular$"), extra("geo", "prediction"):
         raise ImportError("circular")
+
+
+def test_too_little_memory_is_known_on_all_devices() -> None:
+    with pytest.raises(RuntimeError) as of_cpu:
+        torch.empty(1 << 60, dtype=torch.uint8)
+    for error in (of_cpu.value, torch.OutOfMemoryError("CUDA out of memory."), MemoryError()):
+        assert is_out_of_memory(error)
+    assert not is_out_of_memory(RuntimeError("CUDA error: misaligned address"))
+
+
+def test_commands_say_in_one_line_that_memory_is_too_small(monkeypatch, capsys) -> None:
+    def run(error: Exception) -> None:
+        def command(args: list[str]) -> None:
+            raise error
+
+        monkeypatch.setattr(main, "app", command)
+        main.run([])
+
+    with pytest.raises(SystemExit, match="2"):
+        run(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.\nSee the documentation."))
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("Error: MemoryError: CUDA out of memory. Tried to allocate 2 GiB; ")
+    assert "--batch-size" in line
+    with pytest.raises(RuntimeError, match="misaligned"):
+        run(RuntimeError("CUDA error: misaligned address"))

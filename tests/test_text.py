@@ -1,9 +1,10 @@
 import json
 
+import numpy as np
 import pytest
 from nasty_names import NASTY_NAMES, UNSEEN_NAMES
 
-from perf_vit.text import printable, to_json, without_nan
+from perf_vit.text import number_text, printable, to_json, without_nan
 
 
 @pytest.mark.parametrize("name", [*NASTY_NAMES, "👩‍🌾", "non\xa0breaking"])
@@ -34,3 +35,19 @@ def test_json_has_null_for_what_is_no_number() -> None:
     assert without_nan(value) == {"a": None, "b": [[None, 1.5]], "c": {"d": None}}
     text = to_json(value)
     assert json.loads(text, parse_constant=lambda name: pytest.fail(name)) == without_nan(value)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (255, "255"),
+        (-9999.0, "-9999"),
+        (16_777_215.0, "16777215"),
+        (float(np.finfo(np.float32).min), "-3.4028234663852886e+38"),
+        (float("nan"), "nan"),
+        (1 / 254, "0.003937007874015748"),
+    ],
+)
+def test_numbers_keep_all_their_digits(value: float, text: str) -> None:
+    assert number_text(value) == text
+    assert float(text) == value or value != value

@@ -17,7 +17,7 @@ from perf_vit.cli.configs import CommandWithKeys, config, init
 from perf_vit.cli.convert_and_info import convert, demo, info
 from perf_vit.cli.predict import evaluate, predict
 from perf_vit.cli.train import distill, fit_tile, train
-from perf_vit.errors import DataWarning, PerfVitError
+from perf_vit.errors import DataWarning, PerfVitError, is_out_of_memory, reason_line
 from perf_vit.threads import wait_passively
 from perf_vit.workflows.progress import note_to_stdout, say, say_line, show_any_text
 
@@ -73,6 +73,13 @@ def run(args: list[str] | None = None) -> None:
         sys.exit(_fail(_own_words(error)))
     except (OSError, MemoryError) as error:
         sys.exit(_fail(f"{type(error).__name__}: {error}"))
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        hint = (
+            "give a smaller --batch-size or --window-size to predict and evaluate, smaller batches or tiles to others"
+        )
+        sys.exit(_fail(f"MemoryError: {reason_line(error)}; {hint}"))
 
 
 def _unraisable(found: sys.UnraisableHookArgs) -> None:

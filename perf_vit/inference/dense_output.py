@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from perf_vit.errors import PerfVitError
+from perf_vit.errors import OptionError, PerfVitError
 from perf_vit.inference.dense import Strip
 from perf_vit.inference.options import OutputKind
 from perf_vit.inference.seams import SeamCount, largest_score
@@ -156,7 +156,8 @@ def class_output(
         score_threshold: with `multilabel`, the probability from which on a class is true.
 
     Raises:
-        PerfVitError: none of these, or a threshold that is no probability between 0 and 1.
+        PerfVitError: none of these, more than 255 classes that exclude each other in a class map, or a threshold that
+            is no probability between 0 and 1.
     """
     tags = {"PERF_VIT_CLASSES": ",".join(classes)}
     if kind == "classes" and multilabel:
@@ -167,7 +168,7 @@ def class_output(
             encode=lambda strip: class_map(strip)[None],
             band_names=["class"],
             dtype="uint8",
-            nodata=IGNORE_INDEX,
+            nodata=_nodata_besides(classes),
             colormap=partial(default_colormap, len(classes), background),
             tags=tags,
         )
@@ -190,6 +191,16 @@ def class_output(
             tags=tags,
         )
     raise PerfVitError(f"expected classes, probabilities or probabilities-uint8 as the kind of the map, got {kind}")
+
+
+def _nodata_besides(classes: Sequence[str]) -> int:
+    """Nodata of a map of class indices, which is none of them."""
+    if len(classes) > IGNORE_INDEX:
+        raise OptionError(
+            f"kind must be probabilities for more than {IGNORE_INDEX} classes, as {IGNORE_INDEX} is nodata in maps of "
+            f"classes; got classes and {len(classes)} classes"
+        )
+    return IGNORE_INDEX
 
 
 def class_map(strip: Strip) -> npt.NDArray[np.uint8]:

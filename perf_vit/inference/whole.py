@@ -198,6 +198,8 @@ class WholeImage:
                 for strip in self.strips(tokens, gap, on_band, num_readers):
                     finish(strip)
             flush()
+            for each in tokens:
+                each.store.close()
 
     def tokens(self, journal: TokenJournal | None, dtype: torch.dtype, on_progress: OnProgress) -> list[StreamedTokens]:
         """Run the backbone, and return the tokens that the head takes.

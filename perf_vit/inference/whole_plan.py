@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from perf_vit.errors import OutputError
+from perf_vit.errors import InputError, OutputError
 from perf_vit.sources.slides import SlideSource
 from perf_vit.streaming import ImageTokens, stream_tokens
 from perf_vit.streaming.dense import PART_PX, DenseHead
@@ -185,7 +185,11 @@ def _valid_share(source: Source) -> float:
     """Share of the tokens that count: of a slide, as a small picture says; reading others reduced may take long."""
     if not isinstance(source, SlideSource):
         return 1.0
-    return min(1.0, 1.1 * float(source.read_reduced(_REDUCED_PX).valid.mean()) + 0.01)
+    try:
+        return min(1.0, 1.1 * float(source.read_reduced(_REDUCED_PX).valid.mean()) + 0.01)
+    except InputError:
+        # A level that is damaged may be one that the map doesn't need.
+        return 1.0
 
 
 def _free_memory() -> int | None:
@@ -224,4 +228,6 @@ def _bytes_in(folder: Path | None) -> int:
     """Return the bytes of files that are there already, of a call that was interrupted."""
     if folder is None or not folder.is_dir():
         return 0
-    return sum(file.stat().st_blocks * 512 for file in folder.glob("*.bin"))
+    stats = [file.stat() for file in folder.glob("*.bin")]
+    # Windows has no blocks; files are of their final size there.
+    return sum(stat.st_blocks * 512 if hasattr(stat, "st_blocks") else stat.st_size for stat in stats)

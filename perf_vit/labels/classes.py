@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from perf_vit.errors import InputError
 from perf_vit.sources._qupath import is_ignored_class
+from perf_vit.text import number_text
 from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray
 
 __all__ = ["LabelClasses"]
@@ -109,12 +110,12 @@ class LabelClasses:
     def described_values(self) -> str:
         """Format the values of the classes as text."""
         if len(self.values) > 12:
-            return f"{len(self.values)} values from {min(self.values):g} to {max(self.values):g}"
+            return f"{len(self.values)} values from {number_text(min(self.values))} to {number_text(max(self.values))}"
         return _listed("value", self.values)
 
 
 def _listed(noun: str, values: Sequence[float]) -> str:
-    shown = ", ".join(f"{value:g}" for value in values[:12])
+    shown = ", ".join(number_text(value) for value in values[:12])
     return f"{noun}{'s' if len(values) > 1 else ''} {shown}{', ...' if len(values) > 12 else ''}"
 
 

@@ -17,6 +17,7 @@ from perf_vit.labels.vector import VectorLabels
 from perf_vit.sources import RasterSource
 from perf_vit.sources._gdal import GDAL_ERRORS, PerThread, color_kinds, crs_name, open_dataset, read_window, reason_of
 from perf_vit.sources._remote import with_retries
+from perf_vit.text import number_text
 from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray, Window
 
 __all__ = ["RasterLabels", "RasterLayers", "VectorLayers", "open_all_bands", "same_grid", "spots"]
@@ -93,8 +94,9 @@ def _check_values(labels: RasterSource, classes: LabelClasses) -> None:
     if labels.num_bands != 1:
         raise InputError(f"expected one band of label values in {labels.path}, got {labels.num_bands} bands")
     if classes.explicit and labels.nodata in classes.values and labels.nodata not in classes.ignore_values:
+        shown = number_text(labels.nodata)
         raise InputError(
-            f"{labels.path} declares {labels.nodata:g} as nodata, and {labels.nodata:g} is the value of class "
+            f"{labels.path} declares {shown} as nodata, and {shown} is the value of class "
             f"{classes.values.index(labels.nodata)}: if it is a class, remove the declaration "
             f"(rio edit-info --unset-nodata {labels.path}); if it means no label, add it to ignore_values"
         )

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from perf_vit._version import __version__
 from perf_vit.errors import OutputError
 from perf_vit.files import atomic_file, read_json_or_none
 from perf_vit.streaming.layout import TokenLayout
@@ -53,6 +54,9 @@ class TokenJournal:
         self.rows_at_once = 1
         self._is_begun = False
         self._identity = dict(identity)
+        nearest = next(each for each in (folder, *folder.absolute().parents) if os.path.lexists(each))
+        if not nearest.is_dir():
+            raise OutputError(f"can't keep tokens in {folder}: {nearest} is not a folder; choose another folder")
         if not resume:
             self.remove()
         before = read_json_or_none(folder / JOURNAL)
@@ -67,7 +71,7 @@ class TokenJournal:
         Raises:
             OutputError: The folder holds other tokens, or can't be made.
         """
-        self._identity = json.loads(to_json({**self._identity, **settings}))
+        self._identity = json.loads(to_json({**self._identity, **settings, "version": __version__}))
         if self._before is not None:
             self._check(self._before["identity"])
             self._is_begun = True

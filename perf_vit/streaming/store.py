@@ -116,8 +116,14 @@ class TokenStore:
             with self._writing(self.path):
                 self._mapped.flush()
 
+    def close(self) -> None:
+        """Let go of the file, which Windows can't delete before; the tokens can't be read any more."""
+        if self._mapped is not None:
+            self._tokens, self._mapped = self._tokens.new_empty(0, self._tokens.shape[1]), None
+
     def remove(self) -> None:
         """Delete the file, if there is one."""
+        self.close()
         if self.path is not None:
             self.path.unlink(missing_ok=True)
 

@@ -21,7 +21,7 @@ from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
 from perf_vit.distributed import training_precision
-from perf_vit.errors import ConfigError, PerfVitError
+from perf_vit.errors import ConfigError, PerfVitError, is_out_of_memory
 from perf_vit.models import DetectionModelConfig, DetectionSpec, SegmentationModelConfig, SegmentationSpec
 from perf_vit.tasks.detection import DetectionOptimConfig, DetectionTask
 from perf_vit.tasks.optim import TrainingTask
@@ -107,10 +107,8 @@ def training_peak(steps: TrainingSteps) -> int | None:
     )
     try:
         trainer.fit(make_task(steps), _Batches(steps))
-    except (torch.cuda.OutOfMemoryError, MemoryError):
-        return None
-    except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if is_out_of_memory(error):
             return None
         raise
     device = trainer.strategy.root_device

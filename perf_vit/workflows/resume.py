@@ -25,7 +25,7 @@ from perf_vit.data import (
     SplitConfig,
     TileDataConfig,
 )
-from perf_vit.errors import CheckpointError, ConfigError, PerfVitError, parsing, reason_line
+from perf_vit.errors import CheckpointError, ConfigError, PerfVitError, is_out_of_memory, parsing, reason_line
 from perf_vit.models import CHECKPOINT_KEY
 from perf_vit.models.backbone import BackboneConfig
 from perf_vit.models.finetune import BackboneTuning
@@ -258,11 +258,11 @@ class ResumedRun:
         trainer.callbacks.append(batches)
         try:
             yield
-        # Too little memory is no fault of the checkpoint.
-        except (PerfVitError, MemoryError, torch.OutOfMemoryError):
+        except PerfVitError:
             raise
         except Exception as error:
-            if batches.any_done:
+            # Too little memory is no fault of the checkpoint.
+            if batches.any_done or is_out_of_memory(error):
                 raise
             raise CheckpointError(
                 f"can't go on from {self.path}: {reason_line(error)}; it may be damaged: train in another out="

@@ -17,7 +17,15 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from perf_vit.config import dump_config, find_config, is_dumped
 from perf_vit.distributed import training_precision
-from perf_vit.errors import CheckpointError, ConfigError, OutputError, PerfVitError, parsing, reason_line
+from perf_vit.errors import (
+    CheckpointError,
+    ConfigError,
+    OutputError,
+    PerfVitError,
+    is_out_of_memory,
+    parsing,
+    reason_line,
+)
 from perf_vit.files import atomic_file
 from perf_vit.workflows.resume import RUN_KEY, ResumedRun
 from perf_vit.writers import check_outputs
@@ -174,7 +182,9 @@ class RunFolder:
             if not self._last.exists():
                 _remove(new, None if was_there else self.path)
             raise
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise
             raise MemoryError(reason_line(error)) from error
         except SystemExit:
             # Lightning ends an interrupted run as a failed one.

@@ -16,6 +16,7 @@ from perf_vit.errors import InputError, OutputError, extra
 from perf_vit.files import staged
 from perf_vit.sources._gdal import GDAL_ERRORS, check_exists, color_kinds, plain_images_allowed, reason_of
 from perf_vit.sources.slides.ome_xml import make_ome_xml
+from perf_vit.text import number_text
 
 __all__ = ["write_ome_tiff"]
 
@@ -30,6 +31,7 @@ def write_ome_tiff(
     cog_path: str | Path,
     *,
     mpp: float | tuple[float, float],
+    name: str | None = None,
     channel_names: Sequence[str] | None = None,
     colormap: Mapping[int, tuple[int, ...]] | None = None,
     description: str | None = None,
@@ -44,6 +46,7 @@ def write_ome_tiff(
         out: Output file, by convention `.ome.tif`.
         cog_path: Map.
         mpp: Micrometres per pixel of the map (not of the slide, if the map is coarser), or (x, y).
+        name: Name of the image; None for the name of the map's file.
         channel_names: Name of each band; None for the bands' descriptions.
         colormap: Value to (red, green, blue, ...), 0 to 255, for a map with one band of uint8; None for the map's own.
         description: Free text.
@@ -59,7 +62,7 @@ def write_ome_tiff(
     try:
         with plain_images_allowed(), rasterio.open(source) as cog, staged(target) as folder:
             colors = _color_table(cog, source, colormap)
-            xml = _metadata(cog, source, target, mpp, channel_names, description, tags or {})
+            xml = _metadata(cog, name or Path(source).name, target, mpp, channel_names, description, tags or {})
             big = cog.count * cog.height * cog.width * np.dtype(cog.dtypes[0]).itemsize > _BIG_BYTES
             with tifffile.TiffWriter(folder / target.name, bigtiff=big) as writer:
                 for band in range(1, cog.count + 1):
@@ -146,7 +149,7 @@ def _color_table(
 
 def _metadata(
     cog: Any,
-    source: str,
+    name: str,
     target: Path,
     mpp: float | tuple[float, float],
     channel_names: Sequence[str] | None,
@@ -158,11 +161,15 @@ def _metadata(
         raise OutputError(f"mpp of {target} must be above 0, in micrometres per pixel of the map; got {mpp}")
     names = tuple(channel_names or (cog.descriptions[band] or f"band_{band + 1}" for band in range(cog.count)))
     if len(names) != cog.count:
-        raise OutputError(f"channel_names must name the {cog.count} bands of {source}, got {len(names)}: {list(names)}")
-    scaling = {f"scale of {name}": f"{value:g}" for name, value in zip(names, cog.scales, strict=True) if value != 1}
-    scaling |= {f"offset of {name}": f"{value:g}" for name, value in zip(names, cog.offsets, strict=True) if value != 0}
+        raise OutputError(f"channel_names must name the {cog.count} bands of {name}, got {len(names)}: {list(names)}")
+    scaling = {
+        f"scale of {name}": number_text(value) for name, value in zip(names, cog.scales, strict=True) if value != 1
+    }
+    scaling |= {
+        f"offset of {name}": number_text(value) for name, value in zip(names, cog.offsets, strict=True) if value != 0
+    }
     return make_ome_xml(
-        name=Path(source).name,
+        name=name,
         shape=(cog.count, cog.height, cog.width),
         dtype=np.dtype(cog.dtypes[0]),
         mpp_xy=mpp_xy,

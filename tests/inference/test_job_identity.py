@@ -277,6 +277,7 @@ def test_a_map_in_the_folder_of_its_dicom_slide_is_made_once(tmp_path) -> None:
     predictor = SegmentationPredictor(StubSegmenter(), options)
     made = [predictor.run(str(folder), folder / "map.ome.tif").made for _ in range(2)]
     assert made == [True, False]
+    assert b'Name="map.ome.tif"' in (folder / "map.ome.tif").read_bytes()
     level = next(folder.glob("*level-0.dcm"))
     level.write_bytes(level.read_bytes()[:-2] + b"zz")
     with pytest.raises(OutputError, match="not as this model's map of this input"):

@@ -17,7 +17,7 @@ import pytest
 from stub_segmenter import StubSegmenter
 
 import perf_vit.inference.jobs.journal as journals
-from perf_vit.errors import InputError, OptionError, OutputError
+from perf_vit.errors import BusyError, DataWarning, InputError, OptionError, OutputError
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.inference.jobs.journal import open_journal
 from perf_vit.writers import StripStore
@@ -311,3 +311,41 @@ def test_a_folder_that_another_process_removes_while_it_is_looked_at_is_nobodys(
     monkeypatch.setattr(journals.os, "listdir", listdir_too_late)
     journals.check_partial_folder(tmp_path / "map.tif")
     assert not folder.exists()
+
+
+def test_unfinished_work_of_other_settings_outlives_the_map_that_is_there(make_scene, tmp_path) -> None:
+    out = tmp_path / "map.tif"
+    predictor = SegmentationPredictor(StubSegmenter(), SegmentationPredictOptions(device="cpu"))
+    scene = make_scene(height=40, width=48, num_bands=3)
+    predictor.run(scene, out)
+
+    class KilledError(BaseException):
+        pass
+
+    def begin(settings) -> Path:
+        with pytest.raises(KilledError), open_journal(out) as journal:
+            journal.begin(settings, resume=True)
+            (journal.folder / "rows_0.tif").touch()
+            raise KilledError
+        return journal.folder
+
+    with predictor.opened(scene) as source:
+        same = predictor.job(source, out).begun_with
+    folder = begin(same)
+    assert not predictor.run(scene, out).made
+    assert not folder.exists()
+    folder = begin({**same, "precision": "bfloat16"})
+    with pytest.warns(DataWarning, match=r"holds an unfinished map\.tif made with precision = bfloat16, now float32"):
+        assert not predictor.run(scene, out).made
+    assert (folder / "rows_0.tif").exists()
+
+
+@pytest.mark.parametrize("name", ["tmpab12_cde", ".nfs00000000a1b2c3d400000001"])
+def test_temporary_files_of_a_process_at_work_are_no_strangers(tmp_path, name) -> None:
+    with open_journal(tmp_path / "map.tif") as journal:
+        (journal.folder / name).touch()
+        with pytest.raises(BusyError), open_journal(tmp_path / "map.tif"):
+            pass
+        (journal.folder / "lock").unlink()
+        with pytest.raises(OutputError, match="was not made by perf_vit"):
+            journals.check_partial_folder(tmp_path / "map.tif")

@@ -13,8 +13,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stub_segmenter import StubSegmenter
 
+from perf_vit.errors import OptionError
 from perf_vit.inference import MapInput, SegmentationPredictOptions, SegmentationPredictor, StripMaker
 from perf_vit.inference.dense import Tile
+from perf_vit.inference.dense_output import class_output
 from perf_vit.inference.seams import SeamCount, decide_classes, largest_score
 from perf_vit.sources import open_source
 from perf_vit.sources.describe import SEAM_TAG
@@ -204,3 +206,12 @@ def test_reports_and_info_show_the_share(scene, tmp_path, capsys) -> None:
     assert f"{share:.4f} of the pixels under several windows" in " ".join(capsys.readouterr().out.split())
     assert call(["info", tmp_path / "map.tif", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["seam_disagreement"] == share
+
+
+def test_a_map_of_classes_has_no_class_whose_index_is_nodata() -> None:
+    assert class_output("classes", ["x"] * 255).nodata == 255
+    assert len(class_output("probabilities", ["x"] * 300).band_names) == 300
+    with pytest.raises(
+        OptionError, match=r"^kind must be probabilities for more than 255 classes.* got classes and 256"
+    ):
+        class_output("classes", ["x"] * 256)

@@ -13,10 +13,11 @@ from command_line import call
 from small_models import save_segmenter, write_half_empty
 
 import perf_vit
-from perf_vit.errors import CheckpointError, NotFiniteError, OptionError, OutputError
+from perf_vit.errors import CheckpointError, DamagedDataError, NotFiniteError, OptionError, OutputError
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor, whole_plan
 from perf_vit.inference.whole import WholeImage
 from perf_vit.models import SegmentationModelConfig, build_segmenter
+from perf_vit.sources import SlideSource
 from perf_vit.streaming.journal import TokenJournal
 from perf_vit.types import Window
 from perf_vit.workflows.predict import plan
@@ -347,3 +348,26 @@ def test_the_command_prints_the_plan_and_ends(files, tmp_path, capsys) -> None:
     assert not list(tmp_path.iterdir())
     assert call([*command, "--keep-tokens", "--no-report"]) == 0
     assert out.exists()
+
+
+def test_files_of_tokens_are_let_go_of_before_their_folder_goes(files, tmp_path, monkeypatch) -> None:
+    """Windows deletes no file that is mapped into memory."""
+    real, mapped = TokenJournal.remove, []
+
+    def remove(journal: TokenJournal) -> None:
+        names = [path.name for path in journal.folder.glob("*.bin")]
+        mapped.append([name for name in names if name in Path("/proc/self/maps").read_text()])
+        real(journal)
+
+    monkeypatch.setattr(TokenJournal, "remove", remove)
+    predict(files, tmp_path / "map.tif", token_folder=tmp_path / "scratch", store="float32")
+    assert mapped
+    assert not any(mapped)
+
+
+def test_a_level_that_cannot_be_read_is_no_reason_to_refuse_a_slide(monkeypatch) -> None:
+    def read_reduced(source: SlideSource, size: int) -> None:
+        raise DamagedDataError("level 3 is damaged")
+
+    monkeypatch.setattr(SlideSource, "read_reduced", read_reduced)
+    assert whole_plan._valid_share(object.__new__(SlideSource)) == 1.0

@@ -1,7 +1,9 @@
 """A forward pass that was killed goes on after its last finished block, to the same bits."""
 
+import gc
 import json
 import os
+import weakref
 from contextlib import suppress
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from torch import Tensor
 from perf_vit.errors import OutputError
 from perf_vit.streaming import StreamedTokens
 from perf_vit.streaming.journal import JOURNAL, TokenJournal
+from perf_vit.streaming.store import TokenStore
 
 SIZE = 101, 150
 
@@ -81,6 +84,10 @@ def test_other_tokens_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("perf_vit.streaming.processes.Processes.reduce", lambda self, values, operation: values)
     monkeypatch.setattr("perf_vit.streaming.processes.Processes.check_same", lambda self, identity: None)
     with pytest.raises(OutputError, match="made with processes = 1, now 2; go on with the same"):
+        run("performer", folder)
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match=r"made with version = .*, now 99; go on"):
+        patch.setattr("perf_vit.streaming.journal.__version__", "99")
+        patch.setattr("perf_vit.streaming.processes.rank_and_world_size", lambda: (0, 1))
         run("performer", folder)
     assert sorted(path.name for path in folder.iterdir()) == before
     journal = TokenJournal(folder, {"model": "rope"}, resume=False)
@@ -155,3 +162,20 @@ def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     expected = [values(each) for each in run("performer", None)]
     found = run("performer", tmp_path / "tokens")
     assert all(torch.equal(values(ours), theirs) for ours, theirs in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize("name", ["file", "file/tokens"])
+def test_a_file_in_the_place_of_the_folder_is_one_line(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file").touch()
+    for resume in (True, False):
+        with pytest.raises(OutputError, match=r"can't keep tokens in .*: .*file is not a folder; choose another"):
+            TokenJournal(tmp_path / name, {}, resume=resume)
+
+
+def test_a_file_of_tokens_is_let_go_of_before_it_is_deleted(tmp_path: Path) -> None:
+    store = TokenStore(4, 3, path=tmp_path / "tokens.bin")
+    mapped = weakref.ref(store._mapped)
+    store.remove()
+    gc.collect()
+    assert mapped() is None
+    assert not (tmp_path / "tokens.bin").exists()

@@ -78,7 +78,9 @@ def test_openslide_shows_a_class_map_in_its_colours(maps, tmp_path: Path) -> Non
 
 def test_metadata_follow_ome_2016_06(maps, tmp_path: Path) -> None:
     out = tmp_path / "map.ome.tif"
-    write_ome_tiff(out, maps["probs"], mpp=(0.5, 0.25), description="a & b < c", tags={"model": "hct µ", "mpp": "2"})
+    write_ome_tiff(
+        out, maps["probs"], mpp=(0.5, 0.25), name="map µ", description="a & b < c", tags={"model": "hct µ", "mpp": "2"}
+    )
     with tifffile.TiffFile(out) as tiff:
         root = ET.fromstring(tiff.ome_metadata)
     pixels = root.find(f"{NAMESPACE}Image/{NAMESPACE}Pixels")
@@ -91,6 +93,7 @@ def test_metadata_follow_ome_2016_06(maps, tmp_path: Path) -> None:
         ("0", "0"),
         ("1", "1"),
     ]
+    assert root.find(f"{NAMESPACE}Image").get("Name") == "map µ"
     assert root.find(f"{NAMESPACE}Image/{NAMESPACE}Description").text == "a & b < c"
     assert {entry.get("K"): entry.text for entry in root.iter(f"{NAMESPACE}M")} == {"model": "hct µ", "mpp": "2"}
     # The order that the schema asks for.

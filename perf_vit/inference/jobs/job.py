@@ -171,7 +171,8 @@ class Job(ABC):
             OutputError: As `check` says; or the outputs were begun with other settings, or can't be written.
         """
         if self.check():
-            discard_journal(self.out)
+            if has_partial_folder(self.out):
+                discard_journal(self.out, self.begun_with)
             yield None
             return
         with open_journal(self.out) as journal:
@@ -418,7 +419,7 @@ class MapJob(Job):
             pyramid = journal.folder / MADE_PYRAMID
             write_cog(store, layout, pyramid, self.out)
             frame = self.source.frame.tags() if isinstance(self.source, SlideSource) else {}
-            write_ome_tiff(made, pyramid, mpp=_mpp_xy(self.source), tags={**layout.tags, **frame})
+            write_ome_tiff(made, pyramid, mpp=_mpp_xy(self.source), name=self.out.name, tags={**layout.tags, **frame})
         else:
             write_cog(store, layout, made, self.out)
         # If this process ends before it makes them, or isn't to, none of an earlier map is taken for one of this map.

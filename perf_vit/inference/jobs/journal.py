@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import uuid
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import astuple, dataclass
@@ -16,7 +17,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from perf_vit.errors import BusyError, OutputError, PerfVitError
+from perf_vit.errors import BusyError, DataWarning, OutputError, PerfVitError
 from perf_vit.files import put_in_place, read_json_or_none, sibling_path
 from perf_vit.inference.seams import SeamCount
 from perf_vit.sources.describe import SEAM_TAG
@@ -63,6 +64,8 @@ _WITHOUT_JOURNAL = re.compile(
     )
 )
 """Names of what a killed process leaves that kept no pieces."""
+_TEMPORARY = re.compile(r"tmp[a-z0-9_]{8}|\.nfs[0-9a-f]+")
+"""Names of temporary files of a process at work, and of those that it deleted on a network drive."""
 
 
 class Journal:
@@ -159,7 +162,9 @@ def check_partial_folder(path: Path) -> None:
     if not os.path.lexists(folder) or _read_settings(folder) is not None:
         return
     with suppress(OSError):
-        if all(_WITHOUT_JOURNAL.fullmatch(name) for name in os.listdir(folder)):
+        names = os.listdir(folder)
+        known = [_WITHOUT_JOURNAL, *([_TEMPORARY] if _LOCK in names else [])]
+        if all(any(each.fullmatch(name) for each in known) for name in names):
             return
     # Another process may have finished the output since.
     if not os.path.lexists(folder):
@@ -175,11 +180,28 @@ def has_partial_folder(path: Path) -> bool:
     return partial_folder(path).is_dir()
 
 
-def discard_journal(path: Path) -> None:
-    """Remove the folder that a process left which was killed right after it had finished an output."""
-    if has_partial_folder(path):
-        with suppress(BusyError), open_journal(path):
-            pass
+def discard_journal(path: Path, settings: Mapping[str, Any]) -> None:
+    """Remove the folder that a process left which was killed right after it had finished an output.
+
+    What was begun with other settings, to replace the output, is left with a warning.
+
+    Args:
+        path: The output, which is there.
+        settings: What it was made with.
+    """
+    before = _read_settings(partial_folder(path)) or {}
+    wanted = json.loads(to_json(settings))
+    other = next((name for name in wanted if before and before.get(name) != wanted[name]), None)
+    if other is not None:
+        warnings.warn(
+            f"{partial_folder(path)} holds an unfinished {path.name} made with {other} = {before.get(other)}, now "
+            f"{wanted[other]}; it is left: finish it with its settings and `overwrite=True`, or delete it",
+            DataWarning,
+            stacklevel=2,
+        )
+        return
+    with suppress(BusyError), open_journal(path):
+        pass
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from perf_vit.errors import OptionError
 from perf_vit.files import write_text
 from perf_vit.sources import describe_source
 from perf_vit.sources.image_search import image_root
+from perf_vit.text import number_text
 from perf_vit.types import Source
 
 __all__ = [
@@ -150,7 +151,7 @@ def image_fact(source: Source) -> str:
         f"{info.height:,} rows x {info.width:,} columns",
         resolution,
         info.crs or "no CRS",
-        None if info.nodata is None else f"nodata {info.nodata:g}",
+        None if info.nodata is None else f"nodata {number_text(info.nodata)}",
         info.mask,
     ]
     return f"{Path(info.path).name}: {', '.join(part for part in parts if part)}"

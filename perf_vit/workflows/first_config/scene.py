@@ -24,6 +24,7 @@ from perf_vit.sources import describe_source, is_vector_name, open_raster, open_
 from perf_vit.sources._qupath import is_ignored_class
 from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.vector_file import read_columns, read_features
+from perf_vit.text import number_text
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Source, Window
 from perf_vit.workflows.first_config.draft import (
@@ -230,7 +231,7 @@ def _mask_classes(paths: list[str]) -> _Classes:
         )
     if len(values) == 1:
         raise InputError(
-            f"{paths[0]} has no other value than {values[0]:g}, expected two or more; give a mask of classes"
+            f"{paths[0]} has no other value than {number_text(values[0])}, expected two or more; give a mask of classes"
         )
     whole = [int(value) for value in values]
     keys: dict[str, Any] = {}
@@ -242,7 +243,7 @@ def _mask_classes(paths: list[str]) -> _Classes:
     is_binary = len(whole) == 2 and whole[0] == 0
     names = ["background", _noun(paths[0])] if is_binary else [f"class_{value}" for value in whole]
     background = {"data.background": "background"} if is_binary else {}
-    counted = ", ".join(f"{value:g}: {found[value]:,}" for value in values[:20])
+    counted = ", ".join(f"{number_text(value)}: {found[value]:,}" for value in values[:20])
     fact = f"{Path(paths[0]).name}: mask with the values (pixels read) {counted}"
     return _Classes(keys={"data.classes": names, "data.values": whole, **background, **keys}, notes=notes, fact=fact)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal
 from rich.table import Table
 
 from perf_vit.sources import SourceInfo, describe_source, open_source
+from perf_vit.text import number_text
 from perf_vit.workflows.info.files import FileDescription, describe_file
 from perf_vit.workflows.info.workload import Workload, estimate_workload
 from perf_vit.workflows.progress import two_columns
@@ -76,7 +77,7 @@ def _facts(info: SourceInfo) -> list[tuple[str, str]]:
         ("EXIF", f"orientation {info.orientation}, applied" if info.orientation > 1 else None),
         ("bands", f"{len(info.band_names)} x {info.dtype}: {names}"),
         ("palette", f"{info.num_colors} colours" if info.num_colors else None),
-        ("nodata", "none" if info.nodata is None else f"{info.nodata:g}"),
+        ("nodata", "none" if info.nodata is None else number_text(info.nodata)),
         ("mask", info.mask),
         ("CRS", info.crs or ("none" if info.kind == "raster" else None)),
         ("resolution", resolution and f"{resolution} {info.units or ''}"),
