@@ -152,11 +152,31 @@ def test_scores_tell_what_is_found_from_what_is_known(tool) -> None:
     rows = {row["low"]: row for row in result["by_distance"]}
     assert (rows[0]["num_targets"], rows[0]["num_platelets"]) == (2, 4)
     assert (rows[0]["target_ap50"], rows[0]["platelet_ap50"], rows[0]["auc"]) == (1.0, 1.0, 1.0)
+    assert rows[0]["auc_in_tiles"] == 1.0
     assert (rows[448]["target_ap50"], rows[448]["platelet_ap50"], rows[448]["auc"]) == (0.0, 1.0, 0.5)
     assert np.isnan(rows[64]["target_ap50"])
     assert result["platelet_ap50"] == 1.0
     # Far targets rank above the two near others, and level with the far ones.
     assert result["auc"] == pytest.approx(0.875)
+    assert result["auc_of_share"] == 0.5
+
+
+def test_knowing_the_share_of_targets_in_a_tile_is_not_knowing_the_lane(tool) -> None:
+    """A network that says "target" of all platelets of a tile as often as targets are in it."""
+    scores, lefts = tool("distance_scores").DistanceScores(), (70, 85, 100, 115)
+    for labels in ([0, 0, 0, 1], [0, 1, 1, 1]):
+        truth = ObjectLabels(labels=np.array(labels), boxes_xyxy=boxes_at(*lefts), ignored=np.zeros(4, bool))
+        share = labels.count(0) / 4
+        found = Detections(
+            boxes_xyxy=torch.from_numpy(boxes_at(*lefts)),
+            scores=torch.full((4,), share),
+            labels=torch.zeros(4, dtype=torch.int64),
+        )
+        scores.update(found, truth)
+    result = scores.to_dict()
+    # Of 4 x 4 pairs, 9 lie in the right order of the tiles, 1 in the wrong one, 6 within a tile.
+    assert result["auc"] == result["auc_of_share"] == pytest.approx((9 + 6 / 2) / 16)
+    assert result["auc_in_tiles"] == 0.5
 
 
 @pytest.mark.slow

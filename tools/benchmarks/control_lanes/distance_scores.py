@@ -59,8 +59,9 @@ class DistanceScores:
 
     The AUC is that of targets among all platelets that count, ranked by the score of the target minus that of the other
     class; the score of a class is the highest of the detections of an IoU of .5 or more, 0 without any. It doesn't
-    depend on how well platelets are found; chance is .5. The AP of the target without any knowledge of the control is
-    that of all platelets times the targets' share, about.
+    depend on how well platelets are found. Chance is .5 within tiles. Over all tiles, a network that knows how many of
+    a tile's lanes are targets' reaches `auc_of_share`; normalisation over a tile, as in FCOS's head, may tell that. The
+    AP of the target without any knowledge is that of all platelets times the targets' share, about.
     """
 
     def __init__(self) -> None:
@@ -102,7 +103,9 @@ class DistanceScores:
                 "num_platelets": _num(self._platelets, low, high),
                 "target_ap50": _ap(self._targets, low, high),
                 "platelet_ap50": _ap(self._platelets, low, high),
-                "auc": _auc(np.concatenate(self._ranks), low, high),
+                "auc": _auc([np.concatenate(self._ranks)], low, high),
+                "auc_in_tiles": _auc(self._ranks, low, high),
+                "auc_of_share": _auc([np.concatenate([_with_share(each) for each in self._ranks])], low, high),
             }
             for low, high in bins
         ]
@@ -131,12 +134,24 @@ def _ap(tiles: list[_Tile], low: float, high: float) -> float:
     return average_precision(np.concatenate(scores), np.concatenate(right), _num(tiles, low, high))
 
 
-def _auc(ranks: npt.NDArray[np.float64], low: float, high: float) -> float:
-    """Share of pairs of a target and another platelet in which the target ranks higher, [n, 3] rows; ties are half."""
-    inside = (ranks[:, 0] >= low) & (ranks[:, 0] < high)
-    is_target = ranks[:, 1] > 0
-    first, second = ranks[inside & is_target, 2], ranks[inside & ~is_target, 2]
-    if not (len(first) and len(second)):
-        return float("nan")
-    above = np.searchsorted(np.sort(second), first, side="left"), np.searchsorted(np.sort(second), first, side="right")
-    return float(np.mean(above) / len(second))
+def _auc(groups: list[npt.NDArray[np.float64]], low: float, high: float) -> float:
+    """Share of pairs of a target and another platelet of a group in which the target ranks higher; ties are half.
+
+    Args:
+        groups: Distance, whether it is a target and rank of each platelet, [n, 3].
+        low: Lowest distance.
+        high: Distance above the highest.
+    """
+    above, pairs = 0.0, 0
+    for ranks in groups:
+        inside = (ranks[:, 0] >= low) & (ranks[:, 0] < high)
+        is_target = ranks[:, 1] > 0
+        first, second = ranks[inside & is_target, 2], np.sort(ranks[inside & ~is_target, 2])
+        above += sum(np.searchsorted(second, first, side=side).sum() for side in ("left", "right")) / 2
+        pairs += len(first) * len(second)
+    return float(above / pairs) if pairs else float("nan")
+
+
+def _with_share(ranks: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the ranks of a network that knows the share of targets in the tile, and nothing else."""
+    return np.stack([ranks[:, 0], ranks[:, 1], np.full(len(ranks), ranks[:, 1].mean())], axis=1)

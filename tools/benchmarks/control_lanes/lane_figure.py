@@ -56,10 +56,7 @@ def draw(results: Sequence[dict[str, Any]], path: Path) -> None:
             for runs, (line, color) in zip(by_variant(results), _STYLES, strict=False):
                 _draw_runs(axes, runs, side, name, line, color)
             bins = _bins(results[0], side)
-            if name == "auc":
-                axes.axhline(0.5, color="black", linestyle=":")
-            else:
-                _draw_shares(axes, bins)
+            _draw_chance(axes, name, bins)
             axes.set_xticks([bins[0]["low"], *(each["high"] for each in bins)])
             axes.set_title(f"{_TITLES[name]}, tiles of {int(side):,} px")
             axes.grid(alpha=0.3)
@@ -91,8 +88,11 @@ def _draw_runs(axes: Axes, runs: Sequence[dict[str, Any]], side: str, name: str,
     axes.fill_between(middles, values.min(0), values.max(0), color=color, alpha=0.2, linewidth=0)
 
 
-def _draw_shares(axes: Axes, bins: Sequence[dict[str, Any]]) -> None:
-    """Draw the AP of a network that finds every platelet and knows nothing of the controls."""
+def _draw_chance(axes: Axes, name: str, bins: Sequence[dict[str, Any]]) -> None:
+    """Draw the AP of a network that finds all platelets, and the AUC of one that knows how many targets a tile has."""
     edges = [each["low"] for each in bins] + [bins[-1]["high"]]
-    shares = [each["num_targets"] / each["num_platelets"] for each in bins]
-    axes.stairs(shares, edges, color="black", linestyle=":", baseline=None, label="chance")
+    if name == "auc":
+        values, label = [each["auc_of_share"] for each in bins], "knows the tile's share of targets"
+    else:
+        values, label = [each["num_targets"] / each["num_platelets"] for each in bins], "knows nothing of controls"
+    axes.stairs(values, edges, color="black", linestyle=":", baseline=None, label=label)
