@@ -127,7 +127,7 @@ def report(
 ) -> None:
     """Print the tables of all results in a folder, and draw the scores by distance."""
     results = [json.loads(path.read_text()) for path in sorted(runs.glob("*.json"))]
-    console.print(lane_figure.tables(results), highlight=False, markup=False, soft_wrap=True)
+    print(lane_figure.tables(results))
     if picture:
         lane_figure.draw(results, picture)
 

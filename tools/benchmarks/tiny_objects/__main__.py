@@ -89,7 +89,7 @@ def report(
 ) -> None:
     """Print the table of all results in a folder, and draw recall by size."""
     results = [json.loads(path.read_text()) for path in sorted(runs.glob("*.json"))]
-    console.print(figure.table(results), highlight=False, markup=False, soft_wrap=True)
+    print(figure.table(results))
     if picture:
         figure.draw(results, picture)
 
