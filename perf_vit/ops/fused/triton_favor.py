@@ -148,8 +148,10 @@ def _inputs(
         d = tl.arange(0, BLOCK_D)
         found = found * tl.load(scaling + d, d < D, other=0.0)[None, :]
         found += tl.load(scaling + D + d, d < D, other=0.0)[None, :]
-        return tl.where(counts[:, None], found, 0.0)
-    return found * factor
+        found = tl.where(counts[:, None], found, 0.0)
+    else:
+        found *= factor
+    return found
 
 
 @triton.jit

@@ -137,6 +137,7 @@ def test_a_gpu_that_is_too_old_is_said(calls, monkeypatch) -> None:
     assert calls == []
 
 
+@pytest.mark.slow
 def test_an_exported_graph_holds_no_kernel_that_cannot_be_captured(calls) -> None:
     class Attend(torch.nn.Module):
         def forward(self, q, k, v):
