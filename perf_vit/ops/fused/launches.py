@@ -44,11 +44,11 @@ class Tiles:
     def of(cls, k: Tensor, v: Tensor, most_queries: int, num_bytes: int) -> Tiles:
         """Return sizes for keys and values of `num_bytes` each, with at most `most_queries` queries together."""
         k_channels, v_channels = (_padded(x.shape[-1]) for x in (k, v))
-        # Queries, keys and values of a program fit in the 100 KiB of shared memory of small GPUs.
+        # Compiled for heads of 128 channels in float32, a program takes 115 KiB of the 163 KiB of an A100.
         row = max(k_channels, v_channels) * num_bytes
         return cls(
             queries=min(_padded(most_queries), 128 if row <= 128 else 64 if row <= 256 else 32),
-            keys=64 if row <= 128 else 32,
+            keys=32,
             k_channels=k_channels,
             v_channels=v_channels,
             # Sums of three products of tensor cores, which are as exact as float32; others lack them.
