@@ -14,7 +14,7 @@ its seeds, or (b) windows of 128 px without registers exceed .65 in a bin beyond
 of the target isn't twice that of windows in each bin beyond the first. Expected too, with less confidence: windows with
 registers lie between both; S4 and H3, which run along rows, equal the Performer; the ResNet-18 falls to chance beyond
 its reach of some 200 px; Linformer, whose sums have fixed places, doesn't tell lanes apart; on tiles shrunk four times
-platelets are too small to be found.
+platelets are too small to be found. Of AUCs, `auc_in_tiles` came after the first runs: over tiles, chance is above .5.
 
 Each run is a process of one thread; its CPU time is what it took of the machine. A run that is stopped goes on where it
 was; a finished one isn't repeated.
