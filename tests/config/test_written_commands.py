@@ -2,9 +2,12 @@
 
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import yaml
 
 from perf_vit.config import load_config
 from perf_vit.workflows.run_config import DistillationRun
@@ -28,8 +31,24 @@ def command_of(config: Path) -> list[str]:
     return [] if found is None else shlex.split(found[0].replace("\n#", " "))
 
 
+def open_keys(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    """The keys that a config has as ???."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from open_keys(value, f"{prefix}{name}.")
+        elif value == "???":
+            yield prefix + name
+
+
+def key_of(override: str) -> str:
+    return override.partition("=")[0]
+
+
 def check(words: list[str]) -> None:
     _, command, config, *overrides = words
+    # Some of the keys that a config leaves open have a default, which isn't meant.
+    left = set(open_keys(yaml.safe_load((ROOT / config).read_text(encoding="utf-8")))) - set(map(key_of, overrides))
+    assert not left
     if command == "distill":
         load_config(config, DistillationRun, overrides)
     else:
