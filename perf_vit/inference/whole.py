@@ -19,7 +19,7 @@ from perf_vit.inference.dense_output import StripWriter
 from perf_vit.inference.jobs.identity import SourceIdentity
 from perf_vit.inference.jobs.journal import TOKEN_FOLDER, DamageLog, partial_folder
 from perf_vit.inference.prefetch import Reads, SalvagingReader, Tile, load_ahead, read_tile
-from perf_vit.inference.whole_plan import WholePlan, measured, plan_whole
+from perf_vit.inference.whole_plan import Encode, WholePlan, measured, plan_whole
 from perf_vit.streaming import ImageTokens, StreamedTokens, check_streamable, stream_tokens
 from perf_vit.streaming.dense import DenseHead
 from perf_vit.streaming.journal import TokenJournal
@@ -127,13 +127,13 @@ class WholeImage:
         width = self._image.grid[1] * self._head.patch[1]
         self._part: tuple[int, int] = self._head.part_size(_BAND_BYTES // (4 * num_classes * width))
 
-    def plan(self, journal: TokenJournal | None, token_dtype: torch.dtype, *, timed: bool = False) -> WholePlan:
+    def plan(self, journal: TokenJournal | None, token_dtype: torch.dtype, encode: Encode | None = None) -> WholePlan:
         """Return what the map takes.
 
         Args:
             journal: Folder for the tokens' files; None for memory.
             token_dtype: Dtype of stored tokens.
-            timed: Whether to measure the time.
+            encode: Function from a strip to the pixels of the map, to measure the time; None not to.
 
         Raises:
             CheckpointError: A block needs all tokens at once.
@@ -141,7 +141,9 @@ class WholeImage:
         check_streamable(self._head.vit, self._image.grid)
         folder = None if journal is None else journal.folder
         plan = plan_whole(self._head, self._source, self._part, self._num_classes, folder, token_dtype)
-        return measured(plan, self._head, self._source, self._normalize, self._part) if timed else plan
+        if encode is None:
+            return plan
+        return measured(plan, self._head, self._source, self._normalize, self._part, encode)
 
     def run(
         self,
@@ -366,7 +368,7 @@ def plan_map(predictor: Any, source: Source, out: Path) -> WholePlan:
         CheckpointError: The model needs all tokens at once.
     """
     whole, journal = _begun(predictor, source, partial_folder(out), resume=True)
-    return whole.plan(journal, predictor.options.token_dtype, timed=True)
+    return whole.plan(journal, predictor.options.token_dtype, predictor.output().encode)
 
 
 def _begun(

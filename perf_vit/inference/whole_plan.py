@@ -2,34 +2,41 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
-from collections.abc import Sequence
+import zlib
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from perf_vit.errors import InputError, OutputError
+from perf_vit.inference.dense import Strip
 from perf_vit.sources.slides import SlideSource
 from perf_vit.streaming import ImageTokens, stream_tokens
-from perf_vit.streaming.dense import PART_PX, DenseHead
+from perf_vit.streaming.dense import DenseHead
 from perf_vit.streaming.tokens import PART_TOKENS
-from perf_vit.threads import process_groups
+from perf_vit.threads import num_processors, process_groups
 from perf_vit.types import GeoImage, Source, Window
 
-__all__ = ["WholePlan", "measured", "plan_whole"]
+__all__ = ["Encode", "WholePlan", "measured", "plan_whole"]
 
-_TOKEN_VALUES = 24
-"""Values of a token that is computed, in channels: normed, queries, keys, values, hidden layer, columns of windows."""
+Encode = Callable[[Strip], npt.NDArray[Any]]
+"""A strip to the pixels of a map."""
 
-_HEAD_BYTES = 600
+_TOKEN_VALUES, _WINDOW_VALUES = 20, 4
+"""Values of a token that is computed, in channels: normed, queries, keys, values, hidden layer; columns of windows."""
+
+_HEAD_BYTES = 700
 """Bytes of a pixel of a part in a decoder."""
 
-_FIXED_BYTES = 2**27
+_FIXED_BYTES = 2**24
 """Bytes of sums, of buffers and of the map's writer."""
 
 _SPARE_SHARE, _SPARE_BYTES = 1.05, 2**26
@@ -125,8 +132,10 @@ def plan_whole(
     )
 
 
-def measured(plan: WholePlan, head: DenseHead, source: Source, normalize: Any, part: tuple[int, int]) -> WholePlan:
-    """Return a plan with the time, from a piece of the image through one block and two, and a part of the head."""
+def measured(
+    plan: WholePlan, head: DenseHead, source: Source, normalize: Any, part: tuple[int, int], encode: Encode
+) -> WholePlan:
+    """Return a plan with the time: of a piece of the image through one block and two, and of a part of the map."""
     piece = _Piece(source, *(min(side, _SIDE) * px for side, px in zip(plan.grid, head.patch, strict=True)))
     image = ImageTokens(head.vit, piece, normalize)
     first, _ = _timed(head, image, 1)
@@ -134,13 +143,24 @@ def measured(plan: WholePlan, head: DenseHead, source: Source, normalize: Any, p
     block = max(both - first, first / 10) if len(head.vit.blocks) > 1 else first
     blocks = first + block * head.indices[-1]
     window = Window(0, 0, *(min(sides) for sides in zip(image.grid, part, strict=True)))
-    outer = head.in_pixels(head.with_margin(window, image.grid))
-    pixels = torch.from_numpy(np.ascontiguousarray(normalize(piece.read(outer))))[None]
+    outer = head.with_margin(window, image.grid)
     started = time.perf_counter()
-    head.scores([tokens] * len(head.indices), window, pixels)
-    of_head = (time.perf_counter() - started) / (window.height * window.width)
+    pixels = torch.from_numpy(np.ascontiguousarray(normalize(piece.read(head.in_pixels(outer)))))[None]
+    scores = head.scores([tokens] * len(head.indices), window, pixels).float().numpy()
+    of_head = (time.perf_counter() - started) / (outer.height * outer.width)
+    started = time.perf_counter()
+    strip = Strip(head.in_pixels(window), scores, np.ones(scores.shape[1:], bool))
+    found = np.ascontiguousarray(encode(strip))
+    # Once for strips and once for the map.
+    for _ in range(2):
+        zlib.compress(found.data, 1)
+    of_map = (time.perf_counter() - started) / (window.height * window.width)
     of_token = blocks / (image.grid[0] * image.grid[1])
-    return replace(plan, seconds=plan.num_tokens * (of_token + of_head), timed=image.grid)
+    # Neighbouring parts overlap by their margins.
+    times = math.prod(
+        sum(outers) / side for outers, side in zip(_outer_sides(head, plan.grid, part), plan.grid, strict=True)
+    )
+    return replace(plan, seconds=plan.num_tokens * (of_token + of_head * times + of_map), timed=image.grid)
 
 
 class _Piece:
@@ -168,17 +188,33 @@ def _memory_bytes(
     head: DenseHead, source: Source, grid: tuple[int, int], part: tuple[int, int], num_classes: int
 ) -> int:
     channels, columns, bands = head.vit.embed_dim, grid[1], source.num_bands
+    has_windows = any(block.attn.mixer.needs_sample for block in head.vit.blocks)
     tokens = min(max(PART_TOKENS, columns * head.rows_at_once(grid)), grid[0] * columns)
     token_px = head.patch[0] * head.patch[1]
-    part_px = min(PART_PX, grid[0] * columns * token_px)
+    rows_of_parts, columns_of_parts = _outer_sides(head, grid, part)
+    part_px = max(rows_of_parts) * max(columns_of_parts) * token_px
     # Rows that wait for those below, and one as the input of the network.
     waiting = tokens + head.reach.margin * columns
     pixel = bands * (source.dtype.itemsize + 1)
     reading = token_px * (waiting * pixel + tokens * bands * 8)
-    encoder = reading + tokens * channels * 4 * _TOKEN_VALUES
+    # Pixels are gone before the blocks begin.
+    encoder = max(reading, tokens * channels * 4 * (_TOKEN_VALUES + _WINDOW_VALUES * has_windows))
     scores = part[0] * head.patch[0] * source.width * (num_classes * 4 + 1)
     maps = part_px // token_px * channels * 4 * len(head.indices)
-    return int(max(encoder, part_px * _HEAD_BYTES + maps + scores) + 16 * grid[0] * grid[1] + _FIXED_BYTES)
+    other_px = sum(rows_of_parts) * sum(columns_of_parts) * token_px - part_px
+    ahead = min((num_processors() + 1) * part_px, other_px) * (pixel + 4 * bands)
+    of_head = part_px * (4 * (num_classes + bands) if head.is_linear else _HEAD_BYTES) + maps + scores + ahead
+    return int(max(encoder, of_head) + 16 * grid[0] * grid[1] + _FIXED_BYTES)
+
+
+def _outer_sides(head: DenseHead, grid: tuple[int, int], part: tuple[int, int]) -> tuple[list[int], list[int]]:
+    """Return the rows of all bands of parts with their margins, and the columns of the parts of a band."""
+    (rows, columns), (height, width) = grid, part
+    bands = [Window(row, 0, min(height, rows - row), columns) for row in range(0, rows, height)]
+    parts = [Window(0, column, rows, min(width, columns - column)) for column in range(0, columns, width)]
+    return [head.with_margin(band, grid).height for band in bands], [
+        head.with_margin(each, grid).width for each in parts
+    ]
 
 
 def _valid_share(source: Source) -> float:

@@ -11,6 +11,7 @@ from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from perf_vit.errors import CheckpointError
+from perf_vit.models.heads import LinearHead
 from perf_vit.models.heads.parts import GridPart, Reach, reach_of
 from perf_vit.streaming.forward import num_passes, rows_of_windows
 from perf_vit.streaming.tokens import StreamedTokens
@@ -33,6 +34,7 @@ class DenseHead:
         indices: Blocks whose tokens the head takes, from 0, in their order.
         patch: Height and width of a token in pixels.
         reach: How far the head looks.
+        is_linear: Whether it only classifies tokens.
 
     Raises:
         CheckpointError: The head needs the whole image at once, or the backbone isn't a plain ViT.
@@ -51,6 +53,7 @@ class DenseHead:
         self.patch: tuple[int, int] = tuple(self.vit.patch_embed.patch_size)
         self.indices = tuple(sorted(index % len(self.vit.blocks) for index in backbone.out_indices))
         self._head, self._norm = head, bool(backbone.norm)
+        self.is_linear = isinstance(head, LinearHead)
         self._takes_part = "part" in inspect.signature(head.forward).parameters
 
     @property

@@ -52,10 +52,14 @@ def save_segmenter(
     depth: int = 1,
     out_indices: Sequence[int] = (0,),
     head: str = "linear",
+    **backbone_kwargs: Any,
 ) -> Path:
     """Of two classes."""
     normalizer = Normalizer((100.0,) * num_bands, (50.0,) * num_bands)
-    options = {"backbone_kwargs": {**BACKBONE["backbone_kwargs"], "depth": depth}, "out_indices": list(out_indices)}
+    options = {
+        "backbone_kwargs": {**BACKBONE["backbone_kwargs"], "depth": depth, **backbone_kwargs},
+        "out_indices": list(out_indices),
+    }
     config = SegmentationModelConfig(**{**BACKBONE, **options}, head=head)
     labels = {"background": "rest"}
     spec = SegmentationSpec(classes=("rest", target), normalizer=normalizer, tile_px=tile_px, label_options=labels)
