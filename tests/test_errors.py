@@ -91,10 +91,10 @@ def test_too_little_memory_is_known_on_all_devices() -> None:
 
 def test_commands_say_in_one_line_that_memory_is_too_small(monkeypatch, capsys) -> None:
     def run(error: Exception) -> None:
-        def command(args: list[str]) -> None:
+        def call(*_: object, **__: object) -> None:
             raise error
 
-        monkeypatch.setattr(main, "app", command)
+        monkeypatch.setattr(main, "_group", lambda: call)
         main.run([])
 
     with pytest.raises(SystemExit, match="2"):
