@@ -42,6 +42,8 @@ def triton_clustered_attention(
     a fixed order.
     """
     first, q, k, v = num_prefix_tokens, in_rows(q), in_rows(k), in_rows(v)
+    # Kernels read the mask of a sample as adjacent bytes.
+    key_mask = None if key_mask is None else key_mask.contiguous()
     grid_mask = None if key_mask is None else key_mask[:, first:]
     sample = sample_tokens(q[:, :, first:], k[:, :, first:], v[:, :, first:], grid_mask)
     # The kernels subtract the mean from keys in float32; others would be rounded by it, so that clusters move instead.
