@@ -113,7 +113,9 @@ def put_in_place(made: Path, path: Path) -> None:
         # Windows opens no folders.
         return
     try:
-        os.fsync(folder)
+        # Some file systems can't do that to folders, those of some network mounts and virtual machines.
+        with suppress(OSError):
+            os.fsync(folder)
     finally:
         os.close(folder)
 

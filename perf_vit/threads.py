@@ -82,8 +82,12 @@ def compute_alone() -> None:
     doesn't compute with GNU's OpenMP, as on macOS and Windows.
     """
     openmp = _loaded_openmp()
-    if openmp is not None:
-        openmp.omp_set_num_threads(1)
+    if openmp is None:
+        return
+    openmp.omp_set_num_threads(1)
+    # Where the user has set a number of threads, MKL, which is part of torch, keeps one of its own in each thread.
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL("libtorch_cpu.so", mode=os.RTLD_NOLOAD).MKL_Set_Num_Threads_Local(1)
 
 
 def _loaded_openmp() -> ctypes.CDLL | None:

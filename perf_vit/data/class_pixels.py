@@ -235,22 +235,39 @@ class _Sample:
     """Uniform random sample of a stream of pixels: those with the smallest random keys."""
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
-        self.pixels: npt.NDArray[np.int64] = np.zeros((0, 3), np.int64)
+        self._pixels: npt.NDArray[np.int64] = np.zeros((0, 3), np.int64)
         self._keys: npt.NDArray[np.float64] = np.zeros(0)
+        self._added: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]] = []
+        self._num_added, self._largest = 0, 0.0
         self._size = size
         self._rng = rng
+
+    @property
+    def pixels(self) -> npt.NDArray[np.int64]:
+        """Source, row and column of each pixel of the sample, [n, 3]."""
+        self._select()
+        return self._pixels
 
     def add(self, source: int, row: int, col: int, here: BoolArray) -> None:
         """Add pixels of a window [h, w] that starts at a row and column."""
         positions, keys = self._draw(np.flatnonzero(here))
         if len(self._keys) == self._size:
-            low = keys < self._keys.max()
+            low = keys < self._largest
             positions, keys = positions[low], keys[low]
         rows, cols = np.divmod(positions, here.shape[1])
         new = np.stack([np.full(len(positions), source), rows + row, cols + col], axis=1)
-        pixels, keys = np.concatenate([self.pixels, new]), np.concatenate([self._keys, keys])
+        self._added.append((new, keys))
+        self._num_added += len(keys)
+        # Not after each window: it copies the whole sample.
+        if self._num_added >= self._size:
+            self._select()
+
+    def _select(self) -> None:
+        """Take what was added into the sample."""
+        pixels, keys = (np.concatenate(parts) for parts in zip((self._pixels, self._keys), *self._added, strict=True))
         kept = np.argpartition(keys, self._size)[: self._size] if len(keys) > self._size else slice(None)
-        self.pixels, self._keys = pixels[kept], keys[kept]
+        self._pixels, self._keys, self._added, self._num_added = pixels[kept], keys[kept], [], 0
+        self._largest = self._keys.max(initial=0.0)
 
     def _draw(self, positions: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.float64]]:
         """Return positions of pixels with their keys."""

@@ -15,6 +15,7 @@ from perf_vit.distributed import fast_dtype
 from perf_vit.errors import OptionError, reason_line
 from perf_vit.registry import did_you_mean
 from perf_vit.tiling import BLENDS
+from perf_vit.writers import category_names_path, is_ome_tiff_name
 
 __all__ = [
     "ClassificationPredictOptions",
@@ -227,6 +228,15 @@ class SegmentationPredictOptions(PolygonOptions):
         """Dtype of stored tokens."""
         dtype: torch.dtype = getattr(torch, "float32" if self.store == "memory" else self.store)
         return dtype
+
+    def files_beside(self, out: Path) -> list[Path]:
+        """Return the quicklook, report, polygons, style and names of classes of a map, as far as they are asked for."""
+        suffixes = [*([".png"] if self.quicklook else []), *([".html"] if self.report else [])]
+        suffixes += [f".{self.polygons}"] if self.polygons else []
+        found = [out.with_suffix(suffix) for suffix in suffixes]
+        if self.style and self.kind == "classes" and not is_ome_tiff_name(out):
+            found += [out.with_suffix(".qml"), category_names_path(out)]
+        return found
 
     def scoring(self, window_size: int, overlap: int) -> dict[str, Any]:
         """Plain values that decide the scores besides the model: those of windows, or of whole images.

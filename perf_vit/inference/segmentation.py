@@ -16,7 +16,7 @@ from perf_vit.inference.batch import InputReport, PredictOne
 from perf_vit.inference.dense import Strip, StripMaker, predict_strips
 from perf_vit.inference.dense_output import DenseOutput, StripWriter, class_output
 from perf_vit.inference.inputs import MapInput
-from perf_vit.inference.jobs import DamagedPiece, JobResult, MapJob, check_map_name, files_beside
+from perf_vit.inference.jobs import DamagedPiece, JobResult, MapJob
 from perf_vit.inference.jobs.beside import PolygonRecord
 from perf_vit.inference.jobs.journal import DamageLog, SeamLog, open_journal
 from perf_vit.inference.map_line import MapLine
@@ -41,6 +41,7 @@ from perf_vit.writers import (
     HeldRows,
     StripStore,
     category_names_path,
+    check_map_name,
     check_vector_output,
     polygonize_classes,
     tidy_polygons,
@@ -313,7 +314,7 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         check_map_name(out)
         suffix, tidying = self.options.polygons, self.options.tidying
         records = [PolygonRecord(out.with_suffix(f".{suffix}"), tidying, out).path] if suffix else []
-        return [out, *files_beside(out, self.options), *records]
+        return [out, *self.options.files_beside(out), *records]
 
     def size_of(self, job: MapJob) -> dict[str, Any]:
         """Outputs, windows, pixels and seams of a map that is there; a whole image is one window."""

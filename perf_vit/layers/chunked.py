@@ -24,6 +24,9 @@ __all__ = ["chunk_modules", "finish_block", "to_chunked"]
 _BLOCK_TOKENS = 1024
 _MLP_TOKENS = 2048
 
+# Smaller chunks take more time than they save.
+_LEAST_TOKENS = 256
+
 # On other devices chunks only limit memory, and each chunk costs launches: an MLP of ViT-L holds 2 GiB in float32.
 _DEVICE_TOKENS = 2**17
 
@@ -184,7 +187,9 @@ def _apply_in_chunks(function: Callable[[slice], Tensor], x: Tensor, size: int) 
                 made.append(part.new_empty(*x.shape[:2], part.shape[-1]))
         made[0][:, tokens] = part
 
-    each_in_threads(write, _chunks(x.shape[1], size), num_workers(x))
+    number = num_workers(x)
+    chunks = _chunks(x.shape[1], size, number)
+    each_in_threads(write, chunks, number if len(chunks) >= number else 1)
     return made[0]
 
 
@@ -193,8 +198,18 @@ def _is_chunkable(attention: Any) -> bool:
     return isinstance(attention, LinearizedAttention) and "forward" not in vars(attention) and attention.is_packed
 
 
-def _chunks(length: int, size: int) -> list[slice]:
-    """Split tokens into an even number of chunks of one size, of at most `size`, so that two threads share the work."""
-    number = 2 * max(1, math.ceil(length / (2 * size)))
-    size = math.ceil(length / number)
+def _chunks(length: int, size: int, num_threads: int) -> list[slice]:
+    """Split tokens into chunks of one size, of which each of some threads gets as many.
+
+    Threads hold a chunk each at the same time, so those of more than four threads are smaller.
+
+    Args:
+        length: Number of tokens.
+        size: Largest number of tokens in a chunk.
+        num_threads: Number of threads; where it leaves a thread fewer than 256 tokens, chunks are for one thread.
+    """
+    if num_threads * _LEAST_TOKENS > length:
+        num_threads = 1
+    size = max(min(size, _LEAST_TOKENS), min(size, 4 * size // num_threads))
+    size = math.ceil(length / (num_threads * math.ceil(length / (num_threads * size))))
     return [slice(start, start + size) for start in range(0, length, size)]

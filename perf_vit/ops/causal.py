@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
@@ -41,7 +42,8 @@ def causal_favor(
     `attend_recursively`, which takes about four times as long.
 
     The backward pass goes from the last group to the first and recomputes each from the state before it. One state per
-    group is stored, and no buffer has size N x M. Compiled graphs, which don't branch on values, are recursive.
+    group is stored, and no buffer has size N x M. Graphs that are compiled or traced can't branch on values and are
+    recursive.
 
     Args:
         q: Queries, [B, H, N, D].
@@ -54,7 +56,8 @@ def causal_favor(
     Returns:
         Attended values, [B, H, N, Dv], in the dtype of `q`; 0 for queries without a visible key.
     """
-    if torch.compiler.is_compiling() or q.is_meta:
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # type: ignore[attr-defined, no-untyped-call]
+    if is_traced or q.is_meta or isinstance(q, FakeTensor):
         return recursive_causal_favor(q, k, v, feature_map, key_mask, chunk_size)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         attended: Tensor = _CausalFavor.apply(q, k, v, feature_map.projection, key_mask, feature_map, chunk_size)

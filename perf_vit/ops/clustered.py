@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import Tensor
 from perf_vit.ops.clustered_call import ClusteredCall, exact_attention, tokens_at_once
 from perf_vit.ops.clusters import describe_clusters, mean_key, sample_tokens
 from perf_vit.ops.features import without_autocast
-from perf_vit.ops.fused.dispatch import fused_attention
+from perf_vit.ops.fused.dispatch import backend_of, fused_attention
 from perf_vit.ops.sinks import shared_keys
 from perf_vit.ops.state import check_attention_keys
 from perf_vit.ops.stripes import Stripe
@@ -86,8 +85,8 @@ def clustered_attention(
     if torch.compiler.is_dynamo_compiling() and not torch.compiler.is_exporting() and not needs_gradient:
         # One node of the graph: the sizes of its windows would make a graph of every image size.
         return _compiled(q, k, v, list(grid), *options, chunk_size)
-    number = math.gcd(num_workers(q), q.shape[1])
-    if number == 1:
+    number = num_workers(q)
+    if number == 1 or q.shape[1] % number or backend_of("clustered", q, k, v) != "torch":
         return _clustered_attention(q, k, v, grid, *options, chunk_size)
     # No head depends on another.
     heads = list(zip(*(x.chunk(number, dim=1) for x in (q, k, v)), strict=True))

@@ -72,8 +72,8 @@ def with_measured_weights(
     with windows_progress("counting the pixels of the classes") as on_window:
         pixels = count_class_pixels(sources, len(data.classes), max_windows=_WINDOWS_COUNTED, on_window=on_window)
     weights = balanced_weights(pixels)
-    is_estimate = num_windows(sources) > _WINDOWS_COUNTED
-    how = f", estimated from {_WINDOWS_COUNTED:,} windows with labels" if is_estimate else ""
+    is_large = num_windows(sources) > _WINDOWS_COUNTED
+    how = f"; estimated if more than {_WINDOWS_COUNTED:,} windows have labels" if is_large else ""
     table = new_table(f"balanced class weights{how}", ("class", "pixels", "share", "weight"))
     for name, count, weight in zip(data.classes, pixels, weights, strict=True):
         table.add_row(name, f"{count:,}", f"{count / max(1, sum(pixels)):.3%}", f"{weight:.4g}")

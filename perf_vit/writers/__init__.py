@@ -8,9 +8,16 @@ with extra("geo", __name__):
     from perf_vit.writers.cog import CogWriter, write_cog
     from perf_vit.writers.layout import HeldRows, RasterLayout, holds_layout, is_ome_tiff_name, is_one_block
     from perf_vit.writers.ome_tiff import write_ome_tiff
-    from perf_vit.writers.outputs import check_outputs, existing_error, existing_outputs, input_files
+    from perf_vit.writers.outputs import (
+        category_names_path,
+        check_map_name,
+        check_outputs,
+        existing_error,
+        existing_outputs,
+        input_files,
+    )
     from perf_vit.writers.polygonize import polygonize_classes
-    from perf_vit.writers.qgis import category_names_path, is_own_style, write_category_names, write_qgis_style
+    from perf_vit.writers.qgis import is_own_style, write_category_names, write_qgis_style
     from perf_vit.writers.quicklook import write_map_quicklook, write_object_quicklook
     from perf_vit.writers.strips import StripStore
     from perf_vit.writers.vector import check_vector_output, write_objects
@@ -21,6 +28,7 @@ __all__ = [
     "RasterLayout",
     "StripStore",
     "category_names_path",
+    "check_map_name",
     "check_outputs",
     "check_vector_output",
     "existing_error",

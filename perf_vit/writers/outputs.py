@@ -14,16 +14,38 @@ import rasterio
 
 from perf_vit.errors import OutputError
 from perf_vit.files import read_json_or_none
-from perf_vit.sources import split_layer
+from perf_vit.sources import GEOTIFF_SUFFIXES, split_layer
 from perf_vit.sources._gdal import GDAL_ERRORS, plain_images_allowed
 from perf_vit.sources._members import beside_index, describe_index
 from perf_vit.sources._remote import is_remote
 from perf_vit.sources.files import TILE_INDEX_SUFFIXES, is_image_name, is_own
 from perf_vit.sources.slide_files import SLIDES_OF_SEVERAL_FILES, is_dicom_folder, slide_members
 
-__all__ = ["check_outputs", "existing_error", "existing_outputs", "input_files"]
+__all__ = [
+    "category_names_path",
+    "check_map_name",
+    "check_outputs",
+    "existing_error",
+    "existing_outputs",
+    "input_files",
+]
 
 _VIRTUAL = (".vrt", *TILE_INDEX_SUFFIXES)
+
+
+def check_map_name(out: Path) -> None:
+    """Refuse a map whose name doesn't say that it is a GeoTIFF.
+
+    Raises:
+        OutputError: it doesn't end in .tif or .tiff.
+    """
+    if out.suffix.lower() not in GEOTIFF_SUFFIXES:
+        raise OutputError(f"the map is a GeoTIFF: its name must end in .tif, got {out}; try {out.with_suffix('.tif')}")
+
+
+def category_names_path(map_path: Path) -> Path:
+    """Return the path of GDAL's metadata next to a raster, which holds the names of its values."""
+    return map_path.with_name(f"{map_path.name}.aux.xml")
 
 
 def input_files(

@@ -10,7 +10,7 @@ from perf_vit.files import write_text
 from perf_vit.plotting.colors import Color
 from perf_vit.text import xml_text
 
-__all__ = ["category_names_path", "is_own_style", "write_category_names", "write_qgis_style"]
+__all__ = ["is_own_style", "write_category_names", "write_qgis_style"]
 
 # Areas are drawn over imagery, so they let it through.
 _FILL_ALPHA = 90
@@ -18,16 +18,11 @@ _FILL_ALPHA = 90
 _ROOT = {"version": "3.22.0", "styleCategories": "Symbology", "hasScaleBasedVisibilityFlag": "0"}
 
 
-def category_names_path(map_path: Path) -> Path:
-    """Return the path of GDAL's metadata next to a raster, which holds the names of its values."""
-    return map_path.with_name(f"{map_path.name}.aux.xml")
-
-
 def write_category_names(path: Path, classes: Sequence[str]) -> None:
     """Write the names of the values of a class map, as GDAL's metadata.
 
     Args:
-        path: Output file; see `category_names_path`.
+        path: Output file; see `perf_vit.writers.category_names_path`.
         classes: Names, in the order of the class indices.
 
     Raises:

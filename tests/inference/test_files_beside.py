@@ -4,13 +4,12 @@ import os
 from pathlib import Path
 
 import pytest
-from stub_segmenter import CLASSES, StubSegmenter
+from stub_segmenter import StubSegmenter
 
 from perf_vit.errors import OutputError
 from perf_vit.inference import DetectionPredictOptions, SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.inference.detection import ObjectJob
 from perf_vit.sources import open_source
-from perf_vit.writers import write_qgis_style
 
 
 class Inverted(StubSegmenter):
@@ -80,13 +79,17 @@ def test_metadata_of_a_map_that_is_gone_are_not_attached_to_another(predict, tmp
         predict(StubSegmenter("b"), kind="probabilities")
 
 
-def test_a_style_made_later_is_that_of_the_map(predict, tmp_path) -> None:
-    predict(StubSegmenter("a"), style=False)
-    for name in ("map.qml", "map.tif.aux.xml"):
-        write_qgis_style(tmp_path / name, ["x", "y", "z"], dict.fromkeys(range(3), (0, 0, 0)))
-        os.utime(tmp_path / name, (0, 0))
+def test_a_style_and_metadata_that_others_changed_stay(predict, tmp_path) -> None:
     found = predict(StubSegmenter("a"))
-    assert all(CLASSES[0].encode() in found[name] for name in ("map.qml", "map.tif.aux.xml"))
+    changed = {
+        "map.qml": found["map.qml"].replace(b'alpha="255"', b'alpha="99"'),
+        "map.tif.aux.xml": found["map.tif.aux.xml"].replace(b"<PAMDataset>", b"<PAMDataset><Metadata/>"),
+    }
+    for name, content in changed.items():
+        assert content != found[name]
+        (tmp_path / name).write_bytes(content)
+        os.utime(tmp_path / name, (0, 0))
+    assert predict(StubSegmenter("a")) == found | changed
 
 
 @pytest.mark.parametrize("is_edited", [False, True])

@@ -6,6 +6,7 @@ import os
 import random
 import resource
 import shutil
+import stat
 import subprocess
 import sys
 import threading
@@ -187,7 +188,8 @@ def test_a_finished_file_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch
     out, synced = tmp_path / "map.tif", []
 
     def sync(file: int) -> None:
-        synced.append((os.fstat(file).st_ino, out.exists()))
+        if stat.S_ISREG(os.fstat(file).st_mode):
+            synced.append((os.fstat(file).st_ino, out.exists()))
 
     with open_journal(out) as journal:
         made = journal.folder / "map.tmp"

@@ -1,8 +1,10 @@
 """Parts computed in several threads are those that one thread computes."""
 
 import contextvars
+import math
 import multiprocessing
 import os
+import time
 
 import pytest
 import timm
@@ -10,6 +12,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 import perf_vit
+from perf_vit.layers.chunked import _chunks
 from perf_vit.ops.workers import each_in_threads, num_workers
 
 X = torch.zeros(1, 4, 8)
@@ -55,6 +58,45 @@ def test_threads_inherit_modes_and_context(threads: int) -> None:
 def test_errors_reach_the_caller(threads: int) -> None:
     with torch.no_grad(), pytest.raises(ZeroDivisionError):
         each_in_threads(lambda part: 1 / part, [1, 0, 2], num_workers(X))
+
+
+def test_no_part_is_at_work_after_an_error(threads: int) -> None:
+    begun, ended = [], []
+
+    def slow(part: int) -> None:
+        if part == 0:
+            raise ZeroDivisionError
+        begun.append(part)
+        time.sleep(0.05)
+        ended.append(part)
+
+    with torch.no_grad(), pytest.raises(ZeroDivisionError):
+        each_in_threads(slow, range(50), num_workers(X))
+    assert sorted(begun) == sorted(ended)
+    assert len(ended) < 49
+
+
+def test_products_compute_alone_where_a_number_of_threads_was_set(threads: int) -> None:
+    x = torch.randn(64, 96, 96)
+
+    def product(_: int) -> int:
+        torch.bmm(x, x)
+        return len(os.listdir("/proc/self/task"))
+
+    with torch.no_grad():
+        each_in_threads(float, range(9), num_workers(X))
+        before = len(os.listdir("/proc/self/task"))
+        assert max(each_in_threads(product, range(9), num_workers(X))) <= before
+
+
+def test_each_thread_gets_as_many_tokens() -> None:
+    for length in (1, 255, 256, 1370, 5330, 21_316, 100_003):
+        for number in (1, 2, 3, 4, 10, 64):
+            sizes = [len(range(length)[part]) for part in _chunks(length, 1024, number)]
+            assert sum(sizes) == length
+            assert max(sizes) <= 1024
+            if number * 256 <= length:
+                assert math.ceil(len(sizes) / number) * max(sizes) <= 1.1 * length / number
 
 
 def test_one_thread_where_operations_are_recorded_or_watched(threads: int) -> None:

@@ -1,4 +1,4 @@
-"""Names of maps and of the files next to them: which are asked for and to be made, and what polygons were made of."""
+"""Files next to a map: which are of an earlier map, and what polygons were made of."""
 
 from __future__ import annotations
 
@@ -6,62 +6,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from perf_vit.errors import OutputError
 from perf_vit.inference.jobs.identity import OutputRecord
-from perf_vit.inference.options import SegmentationPredictOptions
 from perf_vit.reporting.outputs import is_map_report
-from perf_vit.sources import GEOTIFF_SUFFIXES, fingerprint
+from perf_vit.sources import fingerprint
 from perf_vit.sources.files import is_own
-from perf_vit.writers import category_names_path, existing_error, is_ome_tiff_name, is_own_style
+from perf_vit.writers import category_names_path, existing_error, is_own_style
 
-__all__ = ["PolygonRecord", "attached_files", "check_map_name", "files_beside", "is_to_be_made"]
-
-_STYLE = ".qml"
-
-
-def check_map_name(out: Path) -> None:
-    """Refuse a map whose name doesn't say that it is a GeoTIFF.
-
-    Raises:
-        OutputError: it doesn't end in .tif or .tiff.
-    """
-    if out.suffix.lower() not in GEOTIFF_SUFFIXES:
-        raise OutputError(f"the map is a GeoTIFF: its name must end in .tif, got {out}; try {out.with_suffix('.tif')}")
-
-
-def files_beside(out: Path, options: SegmentationPredictOptions) -> list[Path]:
-    """The quicklook, the report, the polygons and the names of classes of a map, as far as they are asked for."""
-    suffixes = [*([".png"] if options.quicklook else []), *([".html"] if options.report else [])]
-    suffixes += [f".{options.polygons}"] if options.polygons else []
-    found = [out.with_suffix(suffix) for suffix in suffixes]
-    if options.style and options.kind == "classes" and not is_ome_tiff_name(out):
-        found += [out.with_suffix(_STYLE), category_names_path(out)]
-    return found
+__all__ = ["PolygonRecord", "attached_files", "is_to_be_made"]
 
 
 def attached_files(out: Path) -> list[Path]:
     """Files of an earlier map that GDAL and QGIS would take for those of a new one, asked for or not."""
-    style = out.with_suffix(_STYLE)
+    style = out.with_suffix(".qml")
     return [*([style] if is_own_style(style) else []), category_names_path(out)]
 
 
 def is_to_be_made(path: Path, map_path: Path) -> bool:
-    """Whether a file next to a map isn't there, or is of an earlier map: perf_vit made it, and it is older.
+    """Whether a file next to a map isn't there, or is a picture or report of an earlier map.
 
-    Files of others stay.
+    Such a file is older than the map, and perf_vit made it; files of others stay. So do styles and names of classes,
+    to which QGIS and GDAL add their own: those of an earlier map go when it is replaced.
     """
     if not path.exists():
         return True
     if path.stat().st_mtime_ns >= map_path.stat().st_mtime_ns:
         return False
-    # The other suffix is that of GDAL's metadata, which describe the raster of their name.
-    known = {".png": is_own, ".html": is_map_report, _STYLE: is_own_style}
-    return path == category_names_path(map_path) or known.get(path.suffix, _is_others)(path)
-
-
-def _is_others(path: Path) -> bool:
-    """Polygons, which have a record."""
-    return False
+    known = {".png": is_own, ".html": is_map_report}
+    return path.suffix in known and known[path.suffix](path)
 
 
 class PolygonRecord:

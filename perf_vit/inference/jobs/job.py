@@ -16,7 +16,7 @@ import torch
 from perf_vit._version import __version__
 from perf_vit.errors import OutputError
 from perf_vit.inference.dense_output import DenseOutput
-from perf_vit.inference.jobs.beside import attached_files, check_map_name, files_beside, is_to_be_made
+from perf_vit.inference.jobs.beside import attached_files, is_to_be_made
 from perf_vit.inference.jobs.identity import OutputRecord, SourceIdentity
 from perf_vit.inference.jobs.journal import (
     MADE_MAP,
@@ -40,6 +40,7 @@ from perf_vit.writers import (
     RasterLayout,
     StripStore,
     category_names_path,
+    check_map_name,
     check_outputs,
     existing_error,
     existing_outputs,
@@ -312,7 +313,7 @@ class MapJob(Job):
     @property
     def beside(self) -> Sequence[Path]:
         """Quicklook, report, polygons and names of classes, as far as they are asked for."""
-        return files_beside(self.out, self.options)
+        return self.options.files_beside(self.out)
 
     @property
     def settings(self) -> dict[str, Any]:

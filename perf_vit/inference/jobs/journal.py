@@ -191,14 +191,18 @@ def discard_journal(path: Path, settings: Mapping[str, Any]) -> None:
     """
     before = _read_settings(partial_folder(path)) or {}
     wanted = json.loads(to_json(settings))
-    other = next((name for name in wanted if before and before.get(name) != wanted[name]), None)
+    # The device is noted, but does not decide what an output is.
+    names = [name for name in wanted if before and name != "device"]
+    other = next((name for name in names if before.get(name) != wanted[name]), None)
     if other is not None:
-        warnings.warn(
-            f"{partial_folder(path)} holds an unfinished {path.name} made with {other} = {before.get(other)}, now "
-            f"{wanted[other]}; it is left: finish it with its settings and `overwrite=True`, or delete it",
-            DataWarning,
-            stacklevel=2,
-        )
+        # Another process may be at work on it.
+        with suppress(BusyError), _locked(partial_folder(path), path):
+            warnings.warn(
+                f"{partial_folder(path)} holds an unfinished {path.name} made with {other} = {before.get(other)}, now "
+                f"{wanted[other]}; it is left: finish it with its settings and `overwrite=True`, or delete it",
+                DataWarning,
+                stacklevel=2,
+            )
         return
     with suppress(BusyError), open_journal(path):
         pass

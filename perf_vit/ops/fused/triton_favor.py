@@ -57,6 +57,7 @@ def triton_favor_attention(
         "IS_RELU": is_relu,
         "IS_BALANCED": feature_map.balancing is not None,
     }
+    key_mask = None if key_mask is None else key_mask.contiguous()
     parts = _sums(k, v, key_mask, rows, by_key, numbers, {**options, **tiles.options(queries=False)})
     state = _joined(parts, is_relu)
     out = q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[3]).transpose(1, 2)

@@ -23,6 +23,7 @@ from perf_vit.data.classification import ImageDataConfig
 from perf_vit.data.slide_classification import read_slides
 from perf_vit.errors import InputError, reason_line
 from perf_vit.labels.tables import ImageTargets, read_csv_rows
+from perf_vit.models.input_spec import accepts_bands
 from perf_vit.sources import open_source
 from perf_vit.workflows.first_config.draft import (
     Draft,
@@ -230,7 +231,10 @@ def _choose_tiles(files: Files, draft: Draft, columns: Sequence[str], labelled: 
                 numbers.add(source.num_bands)
     with open_source(paths[0]) as source:
         draft.facts.insert(0, f"images  {len(labelled)}, the first {image_fact(source)}")
-        draft.values["data.bands"] = list(range(1, source.num_bands + 1)) if len(numbers) == 1 else None
+        fewest, most = min(numbers), max(numbers)
+        # Grey images are taken where three bands are expected; of others, the bands that all have are common.
+        is_grey_too = fewest != most and accepts_bands(fewest, most)
+        draft.values["data.bands"] = None if is_grey_too else list(range(1, fewest + 1))
         augment = augmentation_for(source)
         draft.notes |= bands_note(source.band_names)
     smallest, largest = min(sides), max(sides)
