@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,11 +16,15 @@ from perf_vit.errors import DamagedDataError, InputError, extra, reason_line, wa
 from perf_vit.sources._gdal import PerThread, check_exists, check_name
 from perf_vit.sources.files import register_source
 from perf_vit.sources.slides.pyramid import Level, PyramidReader, true_downsample
+from perf_vit.threads import num_processors
 from perf_vit.types import BoolArray, Window
 
 __all__ = ["OpenSlideReader", "import_slide_library"]
 
 _BLOCK_PX = 512
+
+# For each processor: a thread reads a window of a few tiles at a time, and the next thread the one beside it.
+_CACHE_BYTES = 8 * 2**20
 
 
 def import_slide_library(name: str, path: str) -> Any:
@@ -139,7 +144,18 @@ def _open(path: str, to_srgb: bool) -> _Handle:
         slide = openslide.OpenSlide(path)
     except openslide.OpenSlideError as error:
         raise InputError(f"can't open {path} as a slide: {_reason(error)}") from error
+    # Each handle, one for each slide and thread, would keep 32 MiB of its own: gigabytes for the slides of a training.
+    slide.set_cache(_decoded_tiles(os.getpid()))
     return _Handle(slide, _srgb_transform(slide, path) if to_srgb else None)
+
+
+@functools.cache
+def _decoded_tiles(process: int) -> Any:
+    """Return the cache of decoded tiles that all slides and threads of a process share.
+
+    A forked process needs its own: another thread may have held the lock of this one.
+    """
+    return _openslide().OpenSlideCache(_CACHE_BYTES * num_processors())
 
 
 def _srgb_transform(slide: Any, path: str) -> Any:

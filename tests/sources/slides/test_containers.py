@@ -1,9 +1,11 @@
 """A contract of all readers: the same picture gives the same slide, whatever it is stored in."""
 
 import pickle
+import threading
 from pathlib import Path
 
 import numpy as np
+import openslide
 import pytest
 import wsidicom
 from bounded import with_bounds
@@ -181,6 +183,27 @@ def test_pixels_outside_of_bounds_are_white_and_invalid(tmp_path, monkeypatch) -
     assert np.array_equal(image.valid, inside)
     assert np.array_equal(image.pixels[:, inside], picture().transpose(2, 0, 1).reshape(3, -1))
     assert (image.pixels[:, ~inside] == 255).all()
+
+
+def test_slides_and_threads_share_one_cache_of_decoded_tiles(tmp_path) -> None:
+    paths = [write_pages(tmp_path / f"{name}.svs", levels_of(picture()), aperio=True) for name in "ab"]
+    caches = []
+
+    class Slide(openslide.OpenSlide):
+        def set_cache(self, cache) -> None:
+            caches.append(cache)
+            super().set_cache(cache)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(openslide, "OpenSlide", Slide)
+        for path in paths:
+            source = open_source(path)
+            reader = threading.Thread(target=source.read, args=(ALL,))
+            reader.start()
+            reader.join()
+    # Two slides, each opened by this thread and by one that reads.
+    assert len(caches) >= 4
+    assert len(set(map(id, caches))) == 1
 
 
 def test_the_dicom_slide_is_one_to_another_library(files) -> None:
