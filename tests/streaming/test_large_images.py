@@ -60,7 +60,7 @@ def test_a_pass_over_parts_equals_one_in_memory(name: str, side: int, dtype: str
     logging.getLogger(__name__).info("%s, %d px, %s, %s tokens: %.1e", name, side, dtype, f"{len(tokens):,}", off)
     if off < TOLERANCES[dtype]:
         return
-    # A sampled key between two clusters falls to the other one by rounding, and later layers, of random weights, amplify
+    # A sampled key between two clusters falls to the other one by rounding, and later layers of random weights amplify
     # that. By chance it happens in an early or a late layer, in parts or in memory: both are then far from float64.
     assert dtype == "float32"
     assert name.startswith("clustered")
