@@ -38,6 +38,7 @@ class Limits:
         largest_head_dim: Largest number of channels of keys, and of values.
         has_gradient: Whether it has a backward pass.
         is_captured: Whether it works in graphs that `torch.compile` and `torch.export` capture.
+        most_heads: Largest number of samples x heads: a grid of blocks on a GPU has no more in its second dimension.
     """
 
     functions: dict[str, tuple[str, str]]
@@ -48,6 +49,7 @@ class Limits:
     largest_head_dim: int
     has_gradient: bool
     is_captured: bool
+    most_heads: int = 2**16 - 1
 
     def refusal(self, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Return why a call can't be computed, as "needs .., got .."; None if it can."""
@@ -67,6 +69,8 @@ class Limits:
             return f"needs {_names(self.dtypes)}, got {_names(dtypes)}"
         if head_dims[0] < self.smallest_head_dim:
             return f"needs heads of at least {self.smallest_head_dim} channels, got {head_dims[0]}"
+        if q.shape[0] * q.shape[1] > self.most_heads:
+            return f"needs at most {self.most_heads:,} samples x heads, got {q.shape[0] * q.shape[1]:,}"
         if head_dims[1] > self.largest_head_dim:
             return f"needs heads of at most {self.largest_head_dim} channels, got {head_dims[1]}"
         return None

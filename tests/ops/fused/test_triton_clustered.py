@@ -52,6 +52,13 @@ def check(batch, heads, head_dim, dtype, grid, window_size, num_sinks, num_clust
     assert (out.double() - expected).norm() / expected.norm() < ERRORS[dtype]
 
 
+def test_key_masks_of_any_strides() -> None:
+    q, k, v = make(2, 1 + 5 * 7, 16, SINGLE)
+    mask = (torch.rand(36, 2, generator=torch.Generator().manual_seed(1)).to(DEVICE) > 0.4).T
+    options = (5, 7), 3, 2, 5, 1
+    assert torch.equal(triton(q, k, v, *options, mask), triton(q, k, v, *options, mask.contiguous()))
+
+
 @pytest.mark.parametrize(
     ("batch", "head_dim", "dtype", "grid", "window_size", "num_sinks", "num_clusters", "num_prefix", "masked"),
     [

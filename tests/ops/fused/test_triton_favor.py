@@ -72,6 +72,20 @@ def test_chunks_of_keys_join(monkeypatch, kernel: str) -> None:
     torch.testing.assert_close(triton(q, k, v, projection, kernel, mask), whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("layout", ["transposed", "every second", "shared by all tokens"])
+def test_key_masks_of_any_strides(layout: str) -> None:
+    q, k, v, projection = make(2, 37, 16, SINGLE, "softmax+")
+    drawn = torch.rand(37, 4, generator=torch.Generator().manual_seed(1)).to(DEVICE) > 0.4
+    mask = {
+        "transposed": drawn[:, :2].T,
+        "every second": drawn.T.repeat_interleave(2, dim=1)[:2, ::2],
+        "shared by all tokens": torch.tensor([[True], [False]], device=DEVICE).expand(2, 37),
+    }[layout]
+    assert not mask.is_contiguous()
+    expected = triton(q, k, v, projection, "softmax+", mask.clone(memory_format=torch.contiguous_format))
+    assert torch.equal(triton(q, k, v, projection, "softmax+", mask), expected)
+
+
 @pytest.mark.parametrize("kernel", ["softmax+", "relu"])
 def test_long_keys_stay_finite_and_a_sample_without_keys_gets_zeros(kernel: str) -> None:
     q, k, v, projection = make(2, 20, 16, SINGLE, kernel)
