@@ -50,6 +50,8 @@ class BackboneConfig:
             format, also as local-dir:FOLDER, or hf-hub:OWNER/MODEL.
         weights: Weights file for the timm model, .safetensors or .pth, with the names of timm or of the model's
             authors; None for random weights, or those of `pretrained`.
+        patch_size: Side of a patch of a ViT in pixels; None for the model's own. Weights are resampled as FlexiViT does
+            (Beyer et al. 2022, arXiv:2212.08013), so smaller patches see the image as if it were enlarged.
         backbone_kwargs: Arguments of `timm.create_model`, such as {attn_kwargs: {num_features: 128}}; limited to those
             of `perf_vit.conversion.weights`.
         pretrained: Whether to load timm's weights for the backbone.
@@ -57,6 +59,7 @@ class BackboneConfig:
 
     backbone: str = "performer_vit_small_patch16_224"
     weights: str | None = None
+    patch_size: int | None = None
     backbone_kwargs: dict[str, Any] = field(default_factory=dict)
     pretrained: bool = False
 
@@ -221,9 +224,9 @@ def _create(
     if config.weights is not None and (saved is not None or config.pretrained):
         other = "model.pretrained" if config.pretrained else f"model.backbone {config.backbone}"
         raise ConfigError(f"model.weights and {other} both give weights; leave one of them out")
-    given = {**options, "in_chans": in_chans}
+    given = {**options, "in_chans": in_chans, **_patch_option(config, tile_px)}
     name = config.backbone if saved is None else str(saved["architecture"])
-    with constructor_errors(f"model.backbone {config.backbone}"):
+    with constructor_errors(f"model.backbone {config.backbone}"), _patches_expected(config):
         *tried, last = _size_options(name, tile_px)
         for size in tried:
             try:
@@ -254,6 +257,33 @@ def _built(
     return create_with_weights(
         config.backbone, weights, config.weights, {"num_classes": 0}, **{**options, "num_classes": 0}
     )
+
+
+def _patch_option(config: BackboneConfig, tile_px: int) -> dict[str, int]:
+    """Return the argument that sets the size of patches, which timm's filters of weights follow."""
+    if config.patch_size is None:
+        return {}
+    if "patch_size" in config.backbone_kwargs:
+        raise ConfigError("model.patch_size and model.backbone_kwargs.patch_size are the same; leave one of them out")
+    if not 1 <= config.patch_size <= tile_px:
+        raise ConfigError(
+            f"model.patch_size must be from 1 to the {tile_px} px of a tile of the backbone, got {config.patch_size}; "
+            "8 suits objects of 8 px and more"
+        )
+    return {"patch_size": config.patch_size}
+
+
+@contextmanager
+def _patches_expected(config: BackboneConfig) -> Iterator[None]:
+    """Explain the error of a network that has no patches."""
+    try:
+        yield
+    except TypeError as error:
+        if config.patch_size is None or "patch_size" not in str(error):
+            raise
+        raise ConfigError(
+            f"model.patch_size is for vision transformers, and {config.backbone} has no patches; leave it out"
+        ) from error
 
 
 def _size_options(name: str, tile_px: int) -> list[dict[str, Any]]:
