@@ -1,4 +1,4 @@
-"""Callbacks: history and plots, redraws of random projections, weight averaging, checkpoints and resuming."""
+"""Callbacks: history and plots, redraws of random projections, checkpoints and resuming."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 from lightning.pytorch.callbacks import (
     Checkpoint,
     EarlyStopping,
-    EMAWeightAveraging,
     ModelCheckpoint,
     RichProgressBar,
 )
@@ -32,7 +31,6 @@ from perf_vit.distributed import sample_rank_and_world_size
 from perf_vit.errors import OutputError, reason_line
 from perf_vit.files import atomic_file
 from perf_vit.layers import redraw_projections
-from perf_vit.layers.performer_mixer import copy_projections
 from perf_vit.text import printable
 
 __all__ = [
@@ -44,7 +42,6 @@ __all__ = [
     "HistoryCallback",
     "Patience",
     "RedrawProjections",
-    "RedrawnWeightAveraging",
     "StepCheckpoint",
     "StepSeeds",
     "ValidateLastEpoch",
@@ -241,6 +238,10 @@ class ValidateLastEpoch(lightning.Callback):
     def __init__(self, every_n_epochs: int) -> None:
         self.every_n_epochs = every_n_epochs
 
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        """Set the interval of an epoch that is resumed after its start, for which Lightning calls no other hook."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         """Set the interval that decides whether this epoch is validated."""
         is_last = trainer.current_epoch + 1 == trainer.max_epochs
@@ -277,26 +278,6 @@ class RedrawProjections(lightning.Callback):
     ) -> None:
         """Redraw the projections if the step needs another draw."""
         redraw_projections(pl_module, trainer.global_step // self.every_n_steps)
-
-
-class RedrawnWeightAveraging(EMAWeightAveraging):
-    """Lightning's exponential moving average of the weights, for models with redrawn projections.
-
-    Lightning also averages buffers, but an average of several draws is not a draw. Here the averaged model has the
-    projections of the last training batch, which the checkpoint records.
-    """
-
-    def on_train_batch_end(
-        self,
-        trainer: lightning.Trainer,
-        pl_module: lightning.LightningModule,
-        outputs: Any,
-        batch: Any,
-        batch_idx: int,
-    ) -> None:
-        """Update the average and its projections."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
-        copy_projections(pl_module, self._average_model.module)
 
 
 _MEANS = "perf_vit_means"

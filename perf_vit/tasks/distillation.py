@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -190,7 +191,16 @@ class DistillationOptimConfig:
                 "optim.block_steps and optim.token_steps must be 0 or more and one of them above 0, got "
                 f"{self.block_steps} and {self.token_steps}"
             )
-        if self.max_minutes is not None and self.max_minutes <= 0:
+        for name in ("block_lr", "token_lr"):
+            # NaN compares false.
+            if not 0 < (given := getattr(self, name)) < math.inf:
+                raise ConfigError(f"optim.{name} must be a number above 0, got {given:g}")
+        if not 0 <= self.gradient_clip < math.inf or not 0 <= self.warmup_fraction < 1:
+            raise ConfigError(
+                "expected optim.gradient_clip of at least 0 and optim.warmup_fraction from 0 to below 1, got "
+                f"{self.gradient_clip:g} and {self.warmup_fraction:g}"
+            )
+        if self.max_minutes is not None and not self.max_minutes > 0:
             raise ConfigError(f"optim.max_minutes must be above 0, got {self.max_minutes}; leave it out for no limit")
 
 

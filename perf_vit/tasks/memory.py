@@ -17,14 +17,13 @@ from typing import Any
 import lightning
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging
 from torch import Tensor
 
 from perf_vit.distributed import training_precision
 from perf_vit.errors import ConfigError, PerfVitError, is_out_of_memory
 from perf_vit.models import DetectionModelConfig, DetectionSpec, SegmentationModelConfig, SegmentationSpec
 from perf_vit.tasks.detection import DetectionOptimConfig, DetectionTask
-from perf_vit.tasks.optim import TrainingTask
+from perf_vit.tasks.optim import TrainingTask, WeightAverage
 from perf_vit.tasks.segmentation import SegmentationOptimConfig, SegmentationTask
 from perf_vit.tasks.trainer import TrainerConfig
 from perf_vit.transforms import Normalizer
@@ -96,7 +95,7 @@ def training_peak(steps: TrainingSteps) -> int | None:
         devices=1,
         precision=training_precision(config.precision, config.accelerator),
         gradient_clip_val=config.gradient_clip or None,
-        callbacks=[EMAWeightAveraging(decay=config.ema_decay)] if config.ema_decay else [],
+        callbacks=[WeightAverage(decay=config.ema_decay)] if config.ema_decay else [],
         max_steps=_NUM_STEPS,
         max_epochs=1,
         limit_val_batches=0,

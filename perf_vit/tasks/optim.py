@@ -1,4 +1,4 @@
-"""Optimizers, learning rate schedules and sharded training (FSDP2)."""
+"""Optimizers, learning rate schedules, averaged weights and sharded training (FSDP2)."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 import lightning
 import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging
 from lightning.pytorch.strategies import ModelParallelStrategy
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
@@ -17,6 +18,7 @@ from torch.optim import AdamW, Optimizer
 
 from perf_vit.data.base import ShareSampler
 from perf_vit.errors import ConfigError, reason_line
+from perf_vit.layers.performer_mixer import copy_projections
 from perf_vit.metrics import RegisteredMetrics
 from perf_vit.models import backbone_body, backbone_layers
 
@@ -25,7 +27,9 @@ __all__ = [
     "FullyShardedStrategy",
     "OptimizerConfig",
     "TrainingTask",
+    "WeightAverage",
     "build_schedule",
+    "check_class_weights",
     "check_classification_loss",
     "parameter_groups",
     "shard_network",
@@ -232,6 +236,33 @@ class StepSchedule:
         self.step(state["num_steps"])
 
 
+class WeightAverage(EMAWeightAveraging):
+    """Lightning's exponential moving average of the weights, with buffers that have no mean taken from the model.
+
+    Lightning also averages buffers. That fits the statistics of batch norms, but not indices, which rounding lowers by
+    one, or random projections, of which an average of several draws is not a draw. Buffers of other than floating
+    point numbers and those outside checkpoints are those of the last training batch.
+    """
+
+    def on_train_batch_end(
+        self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Update the average."""
+        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        assert self._average_model is not None
+        average: nn.Module = self._average_model.module
+        for buffer, averaged in zip(_exact_buffers(pl_module), _exact_buffers(average), strict=True):
+            averaged.copy_(buffer)
+        copy_projections(pl_module, average)
+
+
+def _exact_buffers(model: nn.Module) -> Iterator[Tensor]:
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if not buffer.is_floating_point() or name in module._non_persistent_buffers_set:
+                yield buffer
+
+
 def parameter_groups(model: nn.Module, config: OptimizerConfig, layers: Mapping[str, int]) -> list[dict[str, Any]]:
     """Group the trained parameters for AdamW and timm's schedules, which apply `lr_scale`.
 
@@ -315,6 +346,8 @@ def _check(config: OptimizerConfig) -> None:
             "optim.lr must be a number above 0 and optim.backbone_lr_scale one of at least 0, got "
             f"{config.lr:g} and {config.backbone_lr_scale:g}"
         )
+    if not 0 <= config.weight_decay < math.inf:
+        raise ConfigError(f"optim.weight_decay must be a number of at least 0, got {config.weight_decay:g}")
     if not 0 < config.layer_decay <= 1 or not 0 <= config.warmup_fraction < 1:
         raise ConfigError(
             "expected optim.layer_decay above 0 and at most 1 and optim.warmup_fraction from 0 to below 1, got "
@@ -344,11 +377,31 @@ def check_classification_loss(config: ClassificationOptimConfig, num_classes: in
     """Check label smoothing and class weights.
 
     Raises:
-        ConfigError: The smoothing is out of range, or the number of weights differs from the number of classes.
+        ConfigError: The smoothing is out of range, or the weights are none of the classes.
     """
     if not 0 <= config.label_smoothing < 1:
         raise ConfigError(f"expected optim.label_smoothing from 0 to below 1, got {config.label_smoothing:g}")
-    if config.class_weights is not None and len(config.class_weights) != num_classes:
+    check_class_weights(config.class_weights, num_classes)
+
+
+def check_class_weights(weights: Any, num_classes: int, values: str = "numbers") -> None:
+    """Check that there is one factor per class, of which none is negative and one is positive.
+
+    Args:
+        weights: Factors, or None.
+        num_classes: Number of classes.
+        values: Name of possible values in messages.
+
+    Raises:
+        ConfigError: The number of factors is wrong, or a factor isn't a number of at least 0, or all are 0.
+    """
+    if weights is None:
+        return
+    is_list = isinstance(weights, Sequence) and not isinstance(weights, str)
+    if not is_list or not all(isinstance(w, int | float) and 0 <= w < math.inf for w in weights) or not any(weights):
         raise ConfigError(
-            f"optim.class_weights must give one weight a class, got {len(config.class_weights)} for {num_classes}"
+            f"optim.class_weights must be {values} of at least 0, one of them above 0, got {weights}; leave it out for "
+            "equal weights"
         )
+    if len(weights) != num_classes:
+        raise ConfigError(f"optim.class_weights must give one weight a class, got {len(weights)} for {num_classes}")

@@ -26,7 +26,7 @@ from perf_vit.models import (
 )
 from perf_vit.registry import did_you_mean
 from perf_vit.streaming.stripes import StripedSegmenter
-from perf_vit.tasks.optim import OptimizerConfig, TrainingTask, with_valid
+from perf_vit.tasks.optim import OptimizerConfig, TrainingTask, check_class_weights, with_valid
 from perf_vit.types import IGNORE_INDEX
 
 __all__ = [
@@ -36,7 +36,6 @@ __all__ = [
     "SegmentationOptimConfig",
     "SegmentationTask",
     "balanced_weights",
-    "check_class_weights",
     "check_terms",
     "focal_factor",
     "soft_dice",
@@ -215,21 +214,6 @@ def balanced_weights(pixels: Sequence[int]) -> list[float]:
     return [sum(pixels) / (num_present * count) if count else 1.0 for count in pixels]
 
 
-def check_class_weights(weights: Any, num_classes: int) -> None:
-    """Check that there is one non-negative factor per class.
-
-    Raises:
-        ConfigError: The number of factors is wrong, or a factor isn't a number of at least 0.
-    """
-    if weights is None:
-        return
-    is_list = isinstance(weights, Sequence) and not isinstance(weights, str)
-    if not is_list or not all(isinstance(w, int | float) and 0 <= w < math.inf for w in weights):
-        raise ConfigError(f"optim.class_weights must be balanced, or numbers of at least 0, got {weights}")
-    if len(weights) != num_classes:
-        raise ConfigError(f"optim.class_weights must give one weight a class, got {len(weights)} for {num_classes}")
-
-
 class MultilabelLoss(nn.Module):
     """Weighted sum of losses over independent classes (sigmoid) and their labelled pixels.
 
@@ -328,7 +312,7 @@ class SegmentationTask(TrainingTask):
     ) -> None:
         super().__init__(optim)
         num_classes = len(spec.classes)
-        check_class_weights(optim.class_weights, num_classes)
+        check_class_weights(optim.class_weights, num_classes, "balanced, or numbers")
         assert not isinstance(optim.class_weights, str)
         self.model_config = model_config
         self.model = build_segmenter(model_config, spec)

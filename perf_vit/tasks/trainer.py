@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Mapping, Sequence
@@ -13,14 +14,12 @@ import lightning
 import torch
 import torch.distributed as dist
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import Callback, EMAWeightAveraging
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
-from torch import Tensor
 
 from perf_vit.distributed import training_precision
-from perf_vit.errors import ConfigError, NotFiniteError, PerfVitError, extra, reason_line
+from perf_vit.errors import ConfigError, PerfVitError, extra, reason_line
 from perf_vit.registry import did_you_mean
-from perf_vit.tasks.batch_samples import samples_of
 from perf_vit.tasks.callbacks import (
     SEGMENTATION_CURVES,
     Curves,
@@ -29,14 +28,14 @@ from perf_vit.tasks.callbacks import (
     FolderCheckpoint,
     HistoryCallback,
     Patience,
-    RedrawnWeightAveraging,
     RedrawProjections,
     StepCheckpoint,
     StepSeeds,
     ValidateLastEpoch,
     WholeCheckpoints,
 )
-from perf_vit.tasks.optim import FullyShardedStrategy
+from perf_vit.tasks.finite_loss import FiniteLoss
+from perf_vit.tasks.optim import FullyShardedStrategy, WeightAverage
 from perf_vit.tasks.pictures import Draw, PredictionPictures
 from perf_vit.tasks.sequence_parallel import SequenceParallel
 
@@ -113,75 +112,6 @@ class TrainerConfig:
         return max(1, int(self.devices)) if str(self.devices).lstrip("-").isdigit() else 1
 
 
-# On GPUs, each look waits for the device.
-_EVERY_BATCHES = 20
-
-
-class FiniteLoss(Callback):
-    """Stops training at a loss that is infinite or not a number, before validation could save such a model.
-
-    On CPUs each batch is checked; on GPUs a flag is looked at every 20 batches and at the end of an epoch, which names
-    the first bad batch all the same.
-    """
-
-    def __init__(self) -> None:
-        self._first: Tensor | None = None
-
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Forget the last epoch."""
-        self._first = None
-
-    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
-        """Look at the loss of a training batch."""
-        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if isinstance(loss, Tensor):
-            self._note(loss.detach(), batch_idx)
-        is_cpu = self._first is not None and self._first.device.type == "cpu"
-        if is_cpu or (batch_idx + 1) % _EVERY_BATCHES == 0:
-            self._raise("training", trainer.train_dataloader, trainer.current_epoch)
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Look at the losses of the last batches."""
-        self._raise("training", trainer.train_dataloader, trainer.current_epoch)
-
-    def on_validation_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        """Look at the losses of training before the model is validated, and begin with those of validation."""
-        if not trainer.sanity_checking and trainer.train_dataloader is not None:
-            self._raise("training", trainer.train_dataloader, trainer.current_epoch)
-        self._first = None
-
-    def on_validation_batch_end(
-        self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        """Look at the loss of a validation batch, which the task keeps in `counted_loss`."""
-        loss = getattr(pl_module, "counted_loss", None)
-        if isinstance(loss, Tensor):
-            self._note(loss.detach(), batch_idx)
-            pl_module.counted_loss = None
-
-    def on_validation_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        """Look at the losses of validation."""
-        self._raise("validation", trainer.val_dataloaders, 0)
-        self._first = None
-
-    def _note(self, loss: Tensor, batch_idx: int) -> None:
-        if self._first is None:
-            self._first = torch.full((), -1, device=loss.device)
-        is_first = ~torch.isfinite(loss).all() & (self._first < 0)
-        self._first = torch.where(is_first, batch_idx, self._first)
-
-    def _raise(self, part: str, loader: Any, epoch: int) -> None:
-        number = -1 if self._first is None else int(self._first)
-        if number < 0:
-            return
-        names = samples_of(loader, number, epoch)
-        samples = f", of {' and '.join(names)}," if names else ""
-        raise NotFiniteError(
-            f"the {part} loss of batch {number + 1}{samples} is not a finite number (NaN or inf), so the model is "
-            "useless; look at these samples, lower optim.lr, or train with trainer.precision bf16 or 32"
-        )
-
-
 def build_trainer(
     config: TrainerConfig,
     folder: Path,
@@ -248,6 +178,10 @@ def _check(config: TrainerConfig) -> None:
             "expected trainer.ema_decay from 0 to below 1, accumulate_batches from 1 on and early_stop_epochs from 0 "
             f"on, got {config.ema_decay:g}, {config.accumulate_batches} and {config.early_stop_epochs}"
         )
+    if not 0 <= config.gradient_clip < math.inf:
+        raise ConfigError(
+            f"trainer.gradient_clip must be a number of at least 0, got {config.gradient_clip:g}; use 0 for no clipping"
+        )
     for key in ("checkpoint_every_steps", "num_pictures"):
         if getattr(config, key) < 0:
             raise ConfigError(f"trainer.{key} must be 0 or more, got {getattr(config, key)}")
@@ -264,8 +198,7 @@ def _optional_callbacks(config: TrainerConfig, folder: Path, monitor: str) -> li
     if config.early_stop_epochs:
         callbacks.append(Patience(monitor, mode="max", patience=config.early_stop_epochs))
     if config.ema_decay:
-        average = RedrawnWeightAveraging if config.redraw_every_steps else EMAWeightAveraging
-        callbacks.append(average(decay=config.ema_decay))
+        callbacks.append(WeightAverage(decay=config.ema_decay))
     if config.redraw_every_steps:
         callbacks.append(RedrawProjections(config.redraw_every_steps))
     if config.checkpoint_every_steps:

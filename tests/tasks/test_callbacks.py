@@ -15,7 +15,8 @@ from perf_vit.errors import ConfigError
 from perf_vit.layers import PerformerMixer, current_draw, redraw_projections
 from perf_vit.models import CHECKPOINT_KEY, SegmentationModelConfig, SegmentationSpec, load_segmenter
 from perf_vit.tasks import SegmentationOptimConfig, SegmentationTask, TrainerConfig, build_trainer
-from perf_vit.tasks.callbacks import HistoryCallback, RedrawnWeightAveraging, RedrawProjections
+from perf_vit.tasks.callbacks import HistoryCallback, RedrawProjections
+from perf_vit.tasks.optim import WeightAverage
 from perf_vit.transforms import Normalizer
 
 TINY = SegmentationModelConfig(
@@ -272,7 +273,7 @@ class Validated(lightning.Callback):
 
 def test_averaged_weights_are_validated_with_the_last_draw_and_keep_it() -> None:
     seen = Validated()
-    task, _ = train(1, RedrawnWeightAveraging(decay=0.5), seen)
+    task, _ = train(1, WeightAverage(decay=0.5), seen)
     assert [draw for draw, _ in seen.values] == [1, 3, 5]
     expected = new_task()
     for draw, projection in seen.values:
@@ -282,20 +283,24 @@ def test_averaged_weights_are_validated_with_the_last_draw_and_keep_it() -> None
     assert torch.equal(projections(task)[0], projections(expected)[0])
 
 
-def test_only_projections_that_are_redrawn_are_copied_into_the_average(tmp_path) -> None:
-    kinds = [
-        [
-            type(each)
-            for each in build_trainer(TrainerConfig(ema_decay=0.5, redraw_every_steps=steps), tmp_path).callbacks
-        ]
-        for steps in (0, 7)
-    ]
-    assert [RedrawnWeightAveraging in each for each in kinds] == [False, True]
-    assert EMAWeightAveraging in kinds[0]
+def test_floating_point_weights_are_averaged_as_by_lightning() -> None:
     averaged, (plain, _) = train(0, EMAWeightAveraging(decay=0.5))[0], train(0)
     assert not equal_states(averaged, plain)
-    copied = train(0, RedrawnWeightAveraging(decay=0.5))[0]
-    assert equal_states(averaged, copied)
+    other = train(0, WeightAverage(decay=0.5))[0]
+    assert all(map(torch.equal, averaged.parameters(), other.parameters()))
+
+
+def test_an_average_keeps_indices_and_constants(tmp_path) -> None:
+    task = new_task()
+    task.model.register_buffer("index", torch.arange(500))
+    task.model.register_buffer("constant", torch.full((500,), 0.1), persistent=False)
+    trainer = build_trainer(TrainerConfig(max_epochs=1, ema_decay=0.998, num_pictures=0), tmp_path, progress=False)
+    trainer.fit(task, batches(3), batches(1))
+    # When training ends, the average replaces the weights.
+    assert torch.equal(task.model.index, torch.arange(500))
+    assert torch.equal(task.model.constant, torch.full((500,), 0.1))
+    saved = torch.load(tmp_path / "checkpoints" / "last.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(saved["model.index"], torch.arange(500))
 
 
 @pytest.fixture

@@ -160,6 +160,11 @@ def test_training_on_some_images_lowers_loss_and_raises_cosine_on_others(kind: s
         ({"block_steps": 0}, "one of them above 0"),
         ({"token_steps": -1}, "0 or more"),
         ({"max_minutes": 0.0}, "above 0"),
+        ({"max_minutes": float("nan")}, "above 0"),
+        ({"block_lr": 0.0}, "optim.block_lr must be a number above 0, got 0"),
+        ({"token_lr": -1e-5}, "optim.token_lr must be a number above 0, got -1e-05"),
+        ({"gradient_clip": -1.0}, "optim.gradient_clip of at least 0 .* got -1 and 0.1"),
+        ({"warmup_fraction": 1.0}, "optim.warmup_fraction from 0 to below 1, got 1 and 1"),
     ],
 )
 def test_a_config_that_makes_no_run_is_refused(changes: dict, message: str) -> None:

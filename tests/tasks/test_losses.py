@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 from perf_vit.errors import ConfigError
 from perf_vit.tasks import LossConfig, SegmentationLoss, balanced_weights
-from perf_vit.tasks.segmentation import check_class_weights, soft_dice
+from perf_vit.tasks.optim import ClassificationOptimConfig, check_class_weights, check_classification_loss
+from perf_vit.tasks.segmentation import soft_dice
 from perf_vit.types import IGNORE_INDEX
 
 TERMS = [field.name for field in fields(LossConfig)]
@@ -152,11 +153,15 @@ def test_weights_of_terms_that_make_no_loss_are_refused(terms: dict) -> None:
     ("weights", "message"),
     [
         ([1.0], "one weight a class, got 1 for 2"),
-        ("balance", "must be balanced, or numbers of at least 0, got balance"),
+        ("balance", "must be numbers of at least 0, one of them above 0, got balance; leave it out"),
         ([1.0, -1.0], "at least 0"),
         ([1.0, "x"], "at least 0"),
+        ([1.0, math.nan], "at least 0"),
+        ([0.0, 0.0], "one of them above 0"),
     ],
 )
 def test_class_weights_that_are_none_are_one_line(weights, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_class_weights(weights, 2)
+    with pytest.raises(ConfigError, match=message):
+        check_classification_loss(ClassificationOptimConfig(class_weights=weights), 2)

@@ -156,6 +156,7 @@ def test_schedules_of_timm_by_name_count_epochs(schedule, kwargs, factors) -> No
     ("change", "message"),
     [
         ({"lr": 0.0}, "optim.lr must be a number above 0"),
+        ({"weight_decay": -0.1}, "optim.weight_decay must be a number of at least 0"),
         ({"lr": math.nan}, "optim.lr must be a number above 0"),
         ({"lr": math.inf}, "optim.lr must be a number above 0"),
         ({"backbone_lr_scale": math.nan}, "and nan"),

@@ -115,3 +115,13 @@ def test_a_data_module_goes_on_where_its_state_says() -> None:
 def test_checkpoints_at_negative_steps_are_refused(tmp_path) -> None:
     with pytest.raises(ConfigError, match="checkpoint_every_steps must be 0 or more"):
         build_trainer(TrainerConfig(checkpoint_every_steps=-1), tmp_path)
+
+
+def test_a_run_resumed_within_its_last_epoch_is_validated_at_its_end(segmentation, tmp_path) -> None:
+    options = {"max_epochs": 1, "val_every_epochs": 9}
+    fit(segmentation, tmp_path, kill_at=3, **options)
+    best = tmp_path / "checkpoints" / "best.ckpt"
+    assert not best.exists()
+    _, last = fit(segmentation, tmp_path, resume=True, **options)
+    assert best.exists()
+    assert "val/iou" in last["callbacks"]["HistoryCallback"]["rows"][-1]

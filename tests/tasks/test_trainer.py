@@ -89,6 +89,12 @@ def test_values_out_of_range_are_one_line(tmp_path, change) -> None:
         build_trainer(TrainerConfig(**change), tmp_path)
 
 
+@pytest.mark.parametrize("value", [-1.0, float("nan")])
+def test_a_norm_to_clip_to_that_is_none_is_one_line(tmp_path, value) -> None:
+    with pytest.raises(ConfigError, match=r"^trainer\.gradient_clip must be a number of at least 0, got"):
+        build_trainer(TrainerConfig(gradient_clip=value), tmp_path)
+
+
 def test_an_unknown_strategy_is_one_line(tmp_path) -> None:
     with pytest.raises(ConfigError, match="trainer: "):
         build_trainer(TrainerConfig(strategy="no_such_strategy"), tmp_path)
