@@ -12,14 +12,21 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 
 from perf_vit.errors import InputError
-from perf_vit.geometry.boxes import intersecting_pairs, oriented_box_bounds, paired_intersections, paired_iou
+from perf_vit.geometry.boxes import (
+    box_areas,
+    intersecting_pairs,
+    oriented_box_bounds,
+    paired_intersections,
+    paired_iou,
+)
 from perf_vit.geometry.objects import cropped_masks, mask_intersections
 from perf_vit.geometry.oriented_boxes import oriented_iou
 from perf_vit.types import Detections, MaskCrops, ObjectLabels
 
-__all__ = ["DetectionConfusion", "compared_geometry", "overlapping_iou", "split_independent"]
+__all__ = ["DetectionConfusion", "compared_geometry", "overlaps", "split_independent"]
 
 IndexArray = npt.NDArray[np.int64]
+FloatArray = npt.NDArray[np.float64]
 
 _BOXES = {"boxes": "boxes_xyxy", "oriented_boxes": "oriented_boxes"}
 
@@ -38,10 +45,8 @@ def compared_geometry(objects: Detections | ObjectLabels, kind: str) -> Any:
     return torch.as_tensor(values).cpu().double().reshape(-1, 4 if kind == "boxes" else 5).numpy()
 
 
-def overlapping_iou(
-    found: Detections, truth: ObjectLabels, kind: str
-) -> tuple[IndexArray, IndexArray, npt.NDArray[np.float64]]:
-    """Compute the IoU of all overlapping pairs of detections and labelled objects.
+def overlaps(found: Detections, truth: ObjectLabels, kind: str) -> tuple[IndexArray, IndexArray, FloatArray]:
+    """Compute the overlap of all pairs of detections and labelled objects that touch.
 
     Args:
         found: Detections of an image.
@@ -49,21 +54,29 @@ def overlapping_iou(
         kind: Geometry to compare: boxes, oriented_boxes or masks.
 
     Returns:
-        Indices of detections, indices of labelled objects (in this sort order) and IoU, [p] each.
+        Indices of detections, indices of labelled objects (in this sort order) and their IoU, of ignored objects the
+        share of the detection that lies on them, as COCO has it for crowds, [p] each.
 
     Raises:
         InputError: The objects have no geometry of this kind.
     """
     ours, theirs = (compared_geometry(objects, kind) for objects in (found, truth))
+    shared: npt.NDArray[Any]
     if kind == "masks":
         first, second, shared = mask_intersections(ours, theirs)
-        return first, second, shared / (ours.areas()[first] + theirs.areas()[second] - shared)
-    if kind == "boxes":
+        areas, other_areas = ours.areas()[first], theirs.areas()[second]
+        iou = shared / (areas + other_areas - shared)
+    elif kind == "boxes":
         first, second = intersecting_pairs(ours, theirs)
-        return first, second, np.asarray(paired_iou(ours[first], theirs[second]), np.float64)
-    first, second = intersecting_pairs(oriented_box_bounds(ours), oriented_box_bounds(theirs))
-    iou = oriented_iou(torch.from_numpy(ours[first]), torch.from_numpy(theirs[second]))
-    return first, second, iou.numpy()
+        shared, areas = paired_intersections(ours[first], theirs[second]), box_areas(ours)[first]
+        iou = paired_iou(ours[first], theirs[second])
+    else:
+        first, second = intersecting_pairs(oriented_box_bounds(ours), oriented_box_bounds(theirs))
+        iou = oriented_iou(torch.from_numpy(ours[first]), torch.from_numpy(theirs[second])).numpy()
+        areas, other_areas = (boxes[:, 2:4].prod(axis=1) for boxes in (ours[first], theirs[second]))
+        shared = iou * (areas + other_areas) / (1 + iou)
+    share = shared / np.where(areas > 0, areas, 1)
+    return first, second, np.where(truth.ignored[second], share, iou)
 
 
 Shape = dict[str, Any]
@@ -153,6 +166,9 @@ def match_objects(
 ) -> IndexArray:
     """Match detections, in descending score, each to the free labelled object with the largest IoU of any class.
 
+    Detections without a match that lie on an ignored object, with a share of their area from `iou_threshold` on, aren't
+    counted.
+
     Args:
         found: Detections of an image.
         truth: Labelled objects of the image.
@@ -167,7 +183,7 @@ def match_objects(
         InputError: The objects have no geometry of this kind.
     """
     scores = torch.as_tensor(found.scores).cpu()
-    found_index, objects, iou = overlapping_iou(found, truth, kind)
+    found_index, objects, iou = overlaps(found, truth, kind)
     hits = iou >= iou_threshold
     found_index, objects, iou = found_index[hits], objects[hits], iou[hits]
     starts = np.searchsorted(found_index, np.arange(len(scores) + 1))
@@ -190,7 +206,7 @@ class DetectionConfusion:
 
     Detections are matched in descending score to the unmatched object with the largest IoU, whatever its class, if that
     IoU reaches the threshold. Unmatched detections count as background in the truth, unmatched objects as background in
-    the prediction. Unmatched detections that overlap an ignored object are not counted.
+    the prediction. Unmatched detections that lie on an ignored object are not counted.
 
     Args:
         num_classes: Number of classes; labels are 0 to num_classes - 1, background is num_classes.

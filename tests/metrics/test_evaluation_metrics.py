@@ -12,6 +12,7 @@ from torchmetrics.detection import PanopticQuality as TorchmetricsPanopticQualit
 
 from perf_vit.errors import InputError
 from perf_vit.metrics import FROC_RATES, DetectionConfusion, DetectionMetrics, Froc, PanopticQuality, SegmentationCurves
+from perf_vit.metrics.matching import FALSE_ALARM, NOT_COUNTED, match_objects
 from perf_vit.types import IGNORE_INDEX, Detections, MaskCrops, ObjectLabels
 
 
@@ -207,6 +208,32 @@ def test_confusion_compares_any_geometry(kind) -> None:
     assert metric.matrix.tolist() == [[2, 0], [0, 0]]
     with pytest.raises(InputError, match="another kind of geometry"):
         metric.update([Detections(scores=[], labels=[], boxes_xyxy=np.zeros((0, 4)))], [truth_of([], [])])
+
+
+@pytest.mark.parametrize("kind", ["boxes", "oriented_boxes", "masks"])
+def test_detections_within_a_crowd_are_no_false_alarms(kind) -> None:
+    def shapes(boxes):
+        corners = np.array(boxes, float)
+        if kind == "boxes":
+            return {"boxes_xyxy": corners}
+        if kind == "oriented_boxes":
+            middle, sides = (corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]
+            return {"oriented_boxes": np.hstack([middle, sides, np.zeros((len(boxes), 1))])}
+        rows, cols = np.mgrid[:64, :64]
+        inside = [(cols >= x0) & (cols < x1) & (rows >= y0) & (rows < y1) for x0, y0, x1, y1 in boxes]
+        return {"masks": np.stack(inside)}
+
+    # With all, three quarters, 9/16 and nothing of their area inside.
+    boxes = [[5, 5, 15, 15], [32, 5, 48, 15], [35, 30, 51, 40], [50, 50, 60, 60]]
+    found = Detections(scores=[0.9] * 4, labels=[0] * 4, **shapes(boxes))
+    truth = ObjectLabels(
+        labels=np.array([0]),
+        ignored=np.array([True]),
+        **{"boxes_xyxy": np.array([[0, 0, 44, 44]], np.float32), **shapes([[0, 0, 44, 44]])},
+    )
+    owners = match_objects(found, truth, kind, score_threshold=0.5)
+    assert owners.tolist() == [NOT_COUNTED, NOT_COUNTED, NOT_COUNTED, FALSE_ALARM]
+    assert match_objects(found, truth, kind, score_threshold=0.5, iou_threshold=0.6)[2] == FALSE_ALARM
 
 
 @pytest.mark.parametrize("metric", ["average_precision", "froc", "confusion", "panoptic"])
