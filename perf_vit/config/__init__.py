@@ -6,6 +6,7 @@ with extra("geo", __name__):
     from perf_vit.config.loader import (
         Config,
         Overrides,
+        as_overrides,
         config_value,
         dump_config,
         find_config,
@@ -22,6 +23,7 @@ __all__ = [
     "Config",
     "ConfigKey",
     "Overrides",
+    "as_overrides",
     "build_config",
     "check_values",
     "config_keys",

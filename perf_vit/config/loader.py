@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias, TypeVar, cast
@@ -23,6 +23,7 @@ from perf_vit.errors import ConfigError, reason_line
 __all__ = [
     "Config",
     "Overrides",
+    "as_overrides",
     "config_value",
     "dump_config",
     "find_config",
@@ -73,8 +74,26 @@ _DUMPED = "# Resolved config of a run of perf-vit.\n"
 Config: TypeAlias = str | Path | Mapping[str, Any]
 """YAML file, name of a shipped config, or mapping with the content of a config."""
 
-Overrides: TypeAlias = Sequence[str] | Mapping[str, Any]
-"""Mapping of dotted keys to values, or "dotted.key=value" strings, whose values are parsed as YAML."""
+Overrides: TypeAlias = str | Iterable[str] | Mapping[str, Any]
+"""Mapping of dotted keys to values, or "dotted.key=value" strings or one of them, whose values are parsed as YAML."""
+
+
+def as_overrides(overrides: Overrides | None) -> Mapping[str, Any] | tuple[str, ...]:
+    """Return overrides that may be read more than once.
+
+    Raises:
+        ConfigError: They are neither a mapping nor strings.
+    """
+    if overrides is None or isinstance(overrides, Mapping):
+        return {} if overrides is None else overrides
+    several: Any = (overrides,) if isinstance(overrides, str) else overrides
+    several = tuple(several) if isinstance(several, Iterable) else (several,)
+    for item in several:
+        if not isinstance(item, str):
+            raise ConfigError(
+                f"overrides must be a mapping of keys to values, or texts such as optim.lr=1e-4, got {item!r}"
+            )
+    return several
 
 
 def load_config(config: Config, schema: type[T], overrides: Overrides = ()) -> T:
@@ -190,7 +209,7 @@ def _merged(config: Config, overrides: Overrides, schema: Any = None) -> dict[st
             merged = _with_base(content, Path(), (), schema)
         else:
             merged = _read_with_bases(find_config(config), (), schema)
-    for key, value in _parsed(overrides, schema):
+    for key, value in _parsed(as_overrides(overrides), schema):
         merged = _assigned(merged, key, value, schema, name)
     return merged
 
@@ -246,7 +265,7 @@ def _read_yaml(path: Path, schema: Any) -> dict[str, Any]:
     return content
 
 
-def _parsed(overrides: Overrides, schema: Any) -> Iterator[tuple[str, Any]]:
+def _parsed(overrides: Mapping[str, Any] | tuple[str, ...], schema: Any) -> Iterator[tuple[str, Any]]:
     if isinstance(overrides, Mapping):
         for key, value in overrides.items():
             yield key, _plain(value)

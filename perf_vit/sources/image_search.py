@@ -90,11 +90,11 @@ def previews_among(paths: Iterable[Path]) -> set[Path]:
     return {path for path in pictures if path.with_name(image_name(path)) in images}
 
 
-def find_images(paths: Sequence[str | Path]) -> list[Path]:
+def find_images(paths: str | Path | Iterable[str | Path]) -> list[Path]:
     """Find the images of files, folders and globs; see `images_at`.
 
     Args:
-        paths: Files, folders and globs.
+        paths: Files, folders and globs, or one of them.
 
     Returns:
         Unique images in the order of the paths, sorted by name within a folder or glob.
@@ -102,9 +102,10 @@ def find_images(paths: Sequence[str | Path]) -> list[Path]:
     Raises:
         InputError: There are no paths, a path doesn't exist, or a folder or glob has no images.
     """
-    if not paths:
+    several = [paths] if isinstance(paths, str | Path) else list(paths)
+    if not several:
         raise InputError("expected files, folders or globs of images, got none")
-    found = [image for path in map(Path, paths) for image in images_at(path)]
+    found = [image for path in map(Path, several) for image in images_at(path)]
     return list(dict.fromkeys(found))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import difflib
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,9 @@ class ConvertOptions:
         max_exact_tokens: Largest number of patches of an image with softmax attention, 0 for none, "auto" for the
             number up to which it is not slower here (clustered).
         num_features: Random features (performer).
-        layers: Indices of the layers to convert, or text such as "0-5,8"; all by default.
+        layers: Indices of the layers to convert, or one of them, or text such as "0-5,8"; all by default.
         img_size: Side of the images in pixels; the model's own by default.
-        images: Files and folders with images to choose options by and to measure on.
+        images: Files and folders with images to choose options by and to measure on, or one of them.
         budget: Times of plain FAVOR+ that the model may take; options of each layer are chosen then.
         seed: Seed of projections and crops.
         overwrite: Replace a model in the folder.
@@ -71,21 +71,27 @@ class ConvertOptions:
     num_clusters: int | None = None
     max_exact_tokens: int | str | None = None
     num_features: int | None = None
-    layers: str | Sequence[int] | None = None
+    layers: str | int | Iterable[int] | None = None
     img_size: int | None = None
-    images: Sequence[str | Path] = ()
+    images: str | Path | Iterable[str | Path] = ()
     budget: float | None = None
     seed: int = 0
     overwrite: bool = False
     time_softmax: bool = False
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "images", _as_paths(self.images))
+        object.__setattr__(self, "layers", _parse_layers(self.layers))
         if self.budget is not None and not self.images:
             raise OptionError("budget learns from images, got none; give `images`")
         if self.budget is not None and self.mixer != "clustered":
             raise OptionError(f"budget chooses options of `mixer=clustered`, got {self.mixer}; leave it out")
-        _parse_layers(self.layers)
         _parse_limit(self.max_exact_tokens)
+
+    @property
+    def image_paths(self) -> tuple[Path, ...]:
+        """Files and folders with images."""
+        return _as_paths(self.images)
 
     @property
     def layer_indices(self) -> tuple[int, ...] | None:
@@ -170,19 +176,34 @@ def _measure(request: _Request, softmax: nn.Module, converted: nn.Module) -> Mea
         )
 
 
-def _parse_layers(layers: str | Sequence[int] | None) -> tuple[int, ...] | None:
-    """Indices of layers, given as such or as "0-5,8": 0 to 5 and 8; None for all.
+def _as_paths(images: Any) -> tuple[Path, ...]:
+    """Paths, given as one or several.
 
     Raises:
         OptionError: Anything else.
     """
-    if layers is None or not isinstance(layers, str):
-        return None if layers is None else tuple(layers)
     try:
+        return (Path(images),) if isinstance(images, str | Path) else tuple(map(Path, images))
+    except TypeError as error:
+        raise OptionError(f"images must be paths of files and folders, got {images!r}") from error
+
+
+def _parse_layers(layers: Any) -> tuple[int, ...] | None:
+    """Indices of layers, given as such, as one or as "0-5,8": 0 to 5 and 8; None for all.
+
+    Raises:
+        OptionError: Anything else.
+    """
+    if layers is None:
+        return None
+    try:
+        if not isinstance(layers, str):
+            several = layers if isinstance(layers, Iterable) else (layers,)
+            return tuple(sorted({operator.index(each) for each in several}))
         ranges = [[int(end) for end in part.split("-")] for part in layers.split(",")]
         if any(len(ends) > 2 for ends in ranges):
             raise ValueError
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise OptionError(f"layers must be indices such as 0-5,8, got {layers}") from error
     return tuple(sorted({index for ends in ranges for index in range(ends[0], ends[-1] + 1)}))
 
@@ -210,7 +231,7 @@ def _check_files(request: _Request) -> None:
     source = None if isinstance(request.source, nn.Module) else Path(request.source)
     model = [path for path in source.iterdir() if path.is_file()] if source is not None and source.is_dir() else []
     outputs = [request.out / name for name in MODEL_FILES if (request.out / name).exists()]
-    check_outputs(outputs, [*model, request.options.weights, *request.options.images], overwrite=True)
+    check_outputs(outputs, [*model, request.options.weights, *request.options.image_paths], overwrite=True)
 
 
 def _convert(request: _Request, softmax: nn.Module, crops: Sequence[Tensor]) -> nn.Module:
@@ -315,7 +336,7 @@ def _crops(request: _Request, model: Any, size: int) -> list[Tensor]:
     # timm's statistics are of values from 0 to 1, images have 0 to 255.
     normalizer = Normalizer(*(tuple(255 * value for value in cfg[name]) for name in ("mean", "std")))
     crops = UnlabelledCrops(
-        find_images(request.options.images),
+        find_images(request.options.image_paths),
         normalizer,
         tile_px=size,
         length=_NUM_CROPS,
@@ -341,4 +362,4 @@ def _describe_images(request: _Request) -> str:
     if not request.options.images:
         return f"{_REPORT_CROPS} generated pictures, noise of all scales: give images for figures that mean something"
     apart = "" if request.options.budget is None else ", others than those the conversion learned from"
-    return f"{_REPORT_CROPS} crops of {', '.join(Path(each).name for each in request.options.images)}{apart}"
+    return f"{_REPORT_CROPS} crops of {', '.join(each.name for each in request.options.image_paths)}{apart}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +58,7 @@ def stream(
     image: InputPath | Source,
     *,
     spec: InputSpec | None = None,
-    indices: Sequence[int] = (),
+    indices: Iterable[int] = (),
     folder: str | Path | None = None,
     dtype: str | None = None,
     progress: bool = True,
@@ -93,9 +93,7 @@ def stream(
     """
     if dtype is not None and dtype not in STORED_DTYPES:
         raise OptionError(f"dtype must be one of {', '.join(STORED_DTYPES)}, got {dtype}")
-    num_blocks = len(getattr(model, "blocks", ()))
-    if wrong := [index for index in indices if not 0 <= index < num_blocks]:
-        raise OptionError(f"indices must be from 0 to {num_blocks - 1}, got {wrong[0]}")
+    blocks_kept = _block_indices(indices, len(getattr(model, "blocks", ())))
     spec = InputSpec() if spec is None else spec
     with ExitStack() as files:
         place = None if folder is None else Path(files.enter_context(_temporary(Path(folder))))
@@ -109,13 +107,26 @@ def stream(
             last, kept = stream_tokens(
                 model,
                 tokens,
-                indices=tuple(indices),
+                indices=blocks_kept,
                 folder=place,
                 dtype=None if dtype is None else STORED_DTYPES[dtype],
                 on_progress=on_progress,
             )
-        blocks = dict(zip(sorted(set(indices)), kept, strict=True))
+        blocks = dict(zip(blocks_kept, kept, strict=True))
         return StreamedImage(last, blocks, files.pop_all())
+
+
+def _block_indices(indices: Any, num_blocks: int) -> tuple[int, ...]:
+    """Return the indices of blocks in ascending order, each once.
+
+    Raises:
+        OptionError: There are no such blocks.
+    """
+    several = tuple(indices) if isinstance(indices, Iterable) else (indices,)
+    for index in several:
+        if not (isinstance(index, int) and 0 <= index < num_blocks):
+            raise OptionError(f"indices must be from 0 to {num_blocks - 1}, got {index}")
+    return tuple(sorted(set(several)))
 
 
 def _tokens_of(model: nn.Module, source: Source, spec: InputSpec) -> ImageTokens:

@@ -18,7 +18,7 @@ from perf_vit.distributed import end_processes, has_processes, rank_and_world_si
 from perf_vit.errors import ConfigError, DataWarning, OptionError, extra, parsing, reason_line
 
 with extra("train", "training"):
-    from perf_vit.config import Config, Overrides, config_value, load_config
+    from perf_vit.config import Config, Overrides, as_overrides, config_value, load_config
     from perf_vit.tasks import ThroughEncoderTask, TileFit, build_trainer, fit_max_tile
     from perf_vit.tasks.sequence_parallel import check_sequence_parallel
     from perf_vit.tasks.through_encoder import wait_for_long_steps
@@ -140,7 +140,7 @@ def _task_of(config: Config, overrides: Overrides) -> Task:
 
 def with_out(overrides: Overrides | None, out: str | Path | None) -> Overrides:
     """Overrides with a run folder, if one is given."""
-    given: Overrides = {} if overrides is None else overrides
+    given = as_overrides(overrides)
     if out is None:
         return given
     return {**given, "out": str(out)} if isinstance(given, Mapping) else [*given, f"out={json.dumps(str(out))}"]
@@ -217,12 +217,13 @@ def fit_tile(
         PerfVitError: A config or input that doesn't fit, a task without tiles, or too little memory for any tile.
     """
     limit = None if memory is None else parse_bytes(memory)
-    task = _task_of(config, () if overrides is None else overrides)
+    given = as_overrides(overrides)
+    task = _task_of(config, given)
     if task.training_steps is None:
         having = [name for name, each in TASKS.items() if each.training_steps is not None]
         raise ConfigError(f"tiles are fitted for configs of {' and '.join(having)}, got one of {task.name}: {config}")
     # Nothing is written, so a run folder is not asked for.
-    run = read_run(config, overrides, ".")
+    run = read_run(config, given, ".")
     if run.trainer.sequence_parallel:
         raise ConfigError(
             "tiles are fitted for one process, got trainer.sequence_parallel="

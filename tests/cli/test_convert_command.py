@@ -12,7 +12,10 @@ from safetensors.torch import save_file
 
 import perf_vit
 from perf_vit.conversion.linearize import converted_layers
+from perf_vit.errors import OptionError
+from perf_vit.sources import find_images
 from perf_vit.workflows import convert as convert_command
+from perf_vit.workflows.convert import ConvertOptions
 
 MODEL = "test_vit"
 FORCED = ["--max-exact-tokens", "0"]
@@ -271,3 +274,17 @@ def test_of_two_conversions_into_one_folder_the_later_is_refused(weights, tmp_pa
     assert convert(MODEL, out, *given(weights), *FAST) == 2
     assert "already holds a model" in capsys.readouterr().err
     assert (out / "config.json").read_text() == "{}"
+
+
+def test_one_path_and_one_layer_need_no_list_in_python(images) -> None:
+    options = ConvertOptions(images=str(images), layers=5)
+    assert (options.image_paths, options.layer_indices) == ((images,), (5,))
+    assert ConvertOptions(images=images).image_paths == (images,)
+    several = ConvertOptions(images=iter([images, "b"]), layers=iter([3, 1, 3]))
+    for _ in range(2):
+        assert (several.image_paths, several.layer_indices) == ((images, Path("b")), (1, 3))
+    assert find_images(str(images)) == find_images([images]) == sorted(images.iterdir())
+    with pytest.raises(OptionError, match=r"^images must be paths of files and folders, got 3$"):
+        ConvertOptions(images=3)
+    with pytest.raises(OptionError, match=r"^layers must be indices such as 0-5,8, got 1.5$"):
+        ConvertOptions(layers=1.5)

@@ -1,5 +1,6 @@
 """Typical overrides do what is meant, and typical mistakes are answered in words."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,11 @@ from perf_vit.workflows.train import read_run
 
 BUILDINGS, TREES = "segmentation/buildings", "detection/trees"
 FILES = [f"data.{part}.{key}={part}.tif" for part in ("train", "val") for key in ("image", "labels")] + ["out=run"]
+
+
+@dataclass
+class Small:
+    out: str = ""
 
 
 def value_of(run: Any, key: str) -> Any:
@@ -150,3 +156,12 @@ def test_mappings_from_python_are_converted_alike() -> None:
     run = read_run(BUILDINGS, {**given, "optim.loss": "dice", "data.bands": 1, "trainer": {"max_epochs": 2}})
     assert run.optim.loss == LossConfig(ce=0, dice=1)
     assert (run.data.bands, run.trainer.max_epochs, run.optim.lr) == ([1], 2, 0.001)
+
+
+def test_overrides_are_read_from_any_iterable_and_one_may_stand_alone() -> None:
+    assert read_run(TREES, (each for each in [*FILES, "optim.lr=1e-5"])).optim.lr == 1e-5
+    assert load_config({"out": "a"}, Small, "out=b") == Small(out="b")
+    with pytest.raises(ConfigError, match=r"^overrides must be a mapping of keys to values, or texts .*, got 3$"):
+        load_config({"out": "a"}, Small, 3)
+    with pytest.raises(ConfigError, match=r"got \('optim.lr', 3\)"):
+        read_run(TREES, [("optim.lr", 3)])

@@ -52,6 +52,12 @@ def test_tokens_equal_those_of_the_model(model: nn.Module, raster: Path, tmp_pat
     assert list((tmp_path / "tokens").iterdir()) == []
 
 
+def test_blocks_are_those_of_any_iterable(model: nn.Module, raster: Path) -> None:
+    found = perf_vit.stream(model, raster, indices=iter([1, 0, 1]), progress=False)
+    assert sorted(found.blocks) == [0, 1]
+    assert sorted(perf_vit.stream(model, raster, indices=1, progress=False).blocks) == [1]
+
+
 def test_bfloat16_tokens_take_half_the_space(model: nn.Module, raster: Path) -> None:
     full = perf_vit.stream(model, raster, progress=False).last
     half = perf_vit.stream(model, raster, dtype="bfloat16", progress=False).last
@@ -63,8 +69,9 @@ def test_bfloat16_tokens_take_half_the_space(model: nn.Module, raster: Path) -> 
 def test_wrong_arguments_are_one_line_and_leave_no_file(model: nn.Module, raster: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"dtype must be one of float32, bfloat16, float16, got int8"):
         perf_vit.stream(model, raster, dtype="int8")
-    with pytest.raises(OptionError, match=r"indices must be from 0 to 2, got 3"):
-        perf_vit.stream(model, raster, indices=[3])
+    for indices in ([3], iter([3]), 3, "3"):
+        with pytest.raises(OptionError, match=r"indices must be from 0 to 2, got 3"):
+            perf_vit.stream(model, raster, indices=indices)
     with pytest.raises(CheckpointError, match=r"block 0 has softmax attention .*perf_vit\.linearize"):
         perf_vit.stream(timm.create_model("vit_tiny_patch16_224").eval(), raster, folder=tmp_path, progress=False)
     with pytest.raises(CheckpointError, match=r"plain ViT with timm's PatchEmbed, got ResNet"):
