@@ -6,18 +6,22 @@ import contextlib
 import logging
 import os
 import shutil
-from collections.abc import Iterable, Sequence
+import signal
+import threading
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import lightning
 import torch
+from filelock import FileLock, Timeout
 from lightning.pytorch.utilities import rank_zero_only
 
 from perf_vit.config import dump_config, find_config, is_dumped
 from perf_vit.distributed import training_precision
 from perf_vit.errors import (
+    BusyError,
     CheckpointError,
     ConfigError,
     OutputError,
@@ -77,8 +81,10 @@ def check_run_files(folder: Path, more: Iterable[str] = ()) -> None:
 # What NumPy takes.
 _NUM_SEEDS = 2**32
 
-_INTERRUPTED = 130
-"""Exit code of a run that somebody stopped, as shells have it."""
+_LOCK = ".perf_vit-run.lock"
+
+# Loaders' worker processes, which may share the lock, end this long after a process that was killed.
+_LOCK_SECONDS = 10
 
 
 class KeepRun(lightning.Callback):
@@ -160,37 +166,91 @@ class RunFolder:
             OutputError: the folder can't be made.
             MemoryError: the network or its batches need more, also of a GPU.
             PerfVitError: of the data or the task; without a checkpoint, nothing of the run is left then.
-            SystemExit: somebody stopped the run; the last checkpoint is there to resume from.
+            BusyError: another process trains in the folder.
+            KeyboardInterrupt: somebody stopped the run; the last checkpoint is there to resume from.
         """
         self.check_network(task)
         num_samples = len(data.train)
         if self._resumed is not None:
             self._resumed.check_length(trainer, num_samples)
         trainer.callbacks.append(KeepRun(self.config, num_samples))
+        # Processes that train together share the folder.
+        if rank_zero_only.rank != 0:
+            _make_run_folder(self.path)
+            self._fit(trainer, task, data)
+            return
+        with _locked(self.path):
+            # Another process may have trained here since.
+            _check_run_folder(self.path, self._last, resume=self.config.resume)
+            self._fit(trainer, task, data)
+
+    def _fit(self, trainer: lightning.Trainer, task: Any, data: Any) -> None:
         new = [self.path / name for name in RUN_FILES if not (self.path / name).exists()]
-        was_there = self.path.exists()
-        _make_run_folder(self.path)
-        # Processes that train together share the file.
         if rank_zero_only.rank == 0:
             with atomic_file(self.path / CONFIG) as unfinished:
                 dump_config(self.config, unfinished)
         going_on = contextlib.nullcontext() if self._resumed is None else self._resumed.going_on(trainer)
         try:
-            with going_on:
+            with going_on, _interrupts():
                 trainer.fit(task, data, ckpt_path=self._last if self.config.resume else None, weights_only=True)
         except PerfVitError:
             if not self._last.exists():
-                _remove(new, None if was_there else self.path)
+                _remove(new)
             raise
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
             raise MemoryError(reason_line(error)) from error
-        except SystemExit:
-            # Lightning ends an interrupted run as a failed one.
-            if trainer.interrupted:
-                raise SystemExit(_INTERRUPTED) from None
-            raise
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Make the folder and keep other processes from training in it; remove it again if nothing is left in it.
+
+    The system drops the lock with the process that holds it, however that ends.
+
+    Raises:
+        BusyError: another process trains there.
+        OutputError: the folder can't be made.
+    """
+    was_there = folder.exists()
+    _make_run_folder(folder)
+    lock = FileLock(folder / _LOCK, timeout=_LOCK_SECONDS)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise BusyError(f"another process trains in {folder}; wait for it, or choose another out=") from error
+    except (OSError, NotImplementedError):
+        # Some network file systems have no locks.
+        pass
+    try:
+        yield
+    finally:
+        if lock.is_locked:
+            Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+        if not was_there:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt, and have its effect afterwards.
+
+    Lightning ignores further ones from then on, and ends an interrupted run as a failed one.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    handler = signal.getsignal(signal.SIGINT) if is_main else None
+    try:
+        yield
+    except SystemExit as error:
+        if isinstance(error.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if handler is not None:
+            signal.signal(signal.SIGINT, handler)
 
 
 def _with_precision(config: Any, resumed: ResumedRun | None) -> Any:
@@ -252,16 +312,13 @@ def _make_run_folder(folder: Path) -> None:
         raise OutputError(f"can't make the run folder {folder}: {error.strerror}; choose another out=") from error
 
 
-def _remove(paths: Sequence[Path], folder: Path | None) -> None:
-    """Remove files and folders of a run, and then a folder if nothing else is in it."""
+def _remove(paths: Sequence[Path]) -> None:
+    """Remove files and folders of a run."""
     for path in paths:
         if path.is_dir():
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-    if folder is not None:
-        with contextlib.suppress(OSError):
-            folder.rmdir()
 
 
 def _quieten() -> None:

@@ -1,7 +1,10 @@
 """What a failed run leaves in its folder."""
 
 import contextlib
+import errno
+import signal
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import pytest
@@ -9,7 +12,7 @@ import torch
 
 from perf_vit.config import dump_config
 from perf_vit.data import ClassificationDataConfig, ClassificationSplitConfig
-from perf_vit.errors import CheckpointError, ConfigError, InputError, OutputError
+from perf_vit.errors import BusyError, CheckpointError, ConfigError, InputError, OutputError
 from perf_vit.workflows.run_config import ClassificationRun
 from perf_vit.workflows.run_folder import RUN_FILES, RunFolder, check_config_kept
 from perf_vit.workflows.train import Run
@@ -34,17 +37,64 @@ def test_a_run_that_fails_before_its_first_checkpoint_leaves_only_what_was_there
     assert [path.name for path in out.iterdir()] == ["notes.txt"]
 
 
-def test_an_interrupted_run_ends_as_shells_say(tmp_path) -> None:
-    data = ClassificationDataConfig(train=ClassificationSplitConfig(image="x"))
+def _interrupted(*_, **__) -> None:
+    """End a run as Lightning does after Ctrl-C."""
+    try:
+        raise KeyboardInterrupt
+    except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        sys.exit(1)
 
-    def trainer_that_ends(interrupted: bool) -> SimpleNamespace:
-        # As Lightning ends a run, after a Ctrl-C too.
-        return SimpleNamespace(interrupted=interrupted, callbacks=[], fit=lambda *_, **__: sys.exit(1))
 
-    for interrupted, code in ((True, 130), (False, 1)):
-        with pytest.raises(SystemExit) as ended:
-            RunFolder(ClassificationRun(out=str(tmp_path), data=data)).fit(trainer_that_ends(interrupted), None, DATA)
-        assert ended.value.code == code
+def test_an_interrupted_run_raises_keyboard_interrupt_and_leaves_the_signal_as_it_was(tmp_path) -> None:
+    before = signal.getsignal(signal.SIGINT)
+    for fit, error in ((_interrupted, KeyboardInterrupt), (lambda *_, **__: sys.exit(3), SystemExit)):
+        with pytest.raises(error):
+            RunFolder(_config(tmp_path)).fit(SimpleNamespace(callbacks=[], fit=fit), None, DATA)
+        assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_run_in_another_thread_touches_no_signal(tmp_path) -> None:
+    def fit() -> None:
+        RunFolder(_config(tmp_path)).fit(SimpleNamespace(callbacks=[], fit=lambda *_, **__: None), None, DATA)
+
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(fit).result()
+    assert (tmp_path / "config.yaml").exists()
+
+
+def test_a_folder_is_trained_in_by_one_process_at_a_time(tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("perf_vit.workflows.run_folder._LOCK_SECONDS", 0)
+    out = tmp_path / "run"
+    config = _config(out)
+
+    def fit(*_, **__) -> None:
+        before = sorted(out.iterdir())
+        with pytest.raises(BusyError, match=r"^another process trains in .*run; wait for it, or choose another out=$"):
+            RunFolder(config).fit(SimpleNamespace(callbacks=[], fit=None), None, DATA)
+        assert sorted(out.iterdir()) == before
+
+    late = RunFolder(config)
+    RunFolder(config).fit(SimpleNamespace(callbacks=[], fit=fit), None, DATA)
+    assert [path.name for path in out.iterdir()] == ["config.yaml"]
+    (out / "checkpoints").mkdir()
+    (out / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(ConfigError, match="already holds a run"):
+        late.fit(SimpleNamespace(callbacks=[], fit=None), None, DATA)
+
+
+def test_a_lock_that_a_killed_run_left_and_file_systems_without_locks_keep_no_run_away(tmp_path, monkeypatch) -> None:
+    lock = tmp_path / ".perf_vit-run.lock"
+    lock.touch()
+    trainer = SimpleNamespace(callbacks=[], fit=lambda *_, **__: None)
+    RunFolder(_config(tmp_path)).fit(trainer, None, DATA)
+    assert not lock.exists()
+
+    def refuse(self) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("perf_vit.workflows.run_folder.FileLock.acquire", refuse)
+    RunFolder(_config(tmp_path)).fit(trainer, None, DATA)
 
 
 def _config(out, **options) -> ClassificationRun:
