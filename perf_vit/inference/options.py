@@ -59,7 +59,8 @@ class PredictOptions:
     Attributes:
         batch_size: Windows or images in a forward pass.
         num_readers: Threads that read ahead; one per processor, at most 16, by default.
-        device: "auto" for a GPU if there is one, "cpu", "cuda", "cuda:1", "mps".
+        device: "auto" for the accelerator that a given model is on, else a GPU if there is one; or "cpu", "cuda",
+            "cuda:1", "mps".
         precision: "32", or "bf16" or "16" for autocast. "auto" becomes "bf16" on GPUs and CPUs with instructions for
             it, else "32", when the options are made.
         on_error: "stop" at pixels or inputs that can't be read, or "skip" them.
@@ -83,6 +84,9 @@ class PredictOptions:
     overwrite: bool = False
 
     def __post_init__(self) -> None:
+        # In Python, 32 and torch.device("cpu") are usual.
+        for name in ("device", "precision"):
+            object.__setattr__(self, name, str(getattr(self, name)))
         _check_choice(self, "precision", get_args(Precision))
         if self.precision == "auto":
             # Whatever travels or is recorded holds the precision itself, so that another machine doesn't choose anew.

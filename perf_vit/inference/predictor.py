@@ -14,6 +14,7 @@ from typing import Any, Generic, Self, TypeVar
 
 from torch import nn
 
+from perf_vit.distributed import own_device
 from perf_vit.errors import CheckpointError, InputError, OptionError
 from perf_vit.inference.batch import InputReport, PredictOne, in_turn, report_of
 from perf_vit.inference.inputs import MapInput
@@ -129,12 +130,19 @@ class Predictor(ABC, Generic[Model, Options]):
         """
         if self.model.training:
             self.model.eval()
-        return move_to_device(self.model, self.options.device)
+        return move_to_device(self.model, self._wanted_device)
 
     @property
     def device(self) -> str:
         """Name of the device that the model runs on."""
-        return resolve_device(self.options.device)
+        return resolve_device(self._wanted_device)
+
+    @property
+    def _wanted_device(self) -> str:
+        """Device of the options, for "auto" the accelerator that a given model is on."""
+        own = own_device(self._given) if isinstance(self._given, nn.Module) else None
+        is_auto = self.options.device == "auto" and own is not None and own.type not in ("cpu", "meta")
+        return str(own) if is_auto else self.options.device
 
     @cached_property
     def check_input(self) -> InputCheck:

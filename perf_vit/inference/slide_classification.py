@@ -238,7 +238,7 @@ class SlideClassificationPredictor(TablePredictor[SlideClassifier, SlideClassifi
                 batch_size=self.options.batch_size,
                 num_readers=self.options.num_readers,
                 # The encoder is always in evaluation mode; the rest keeps its mode, as training embeds slides too.
-                device=move_to_device(self.model, self.options.device),
+                device=move_to_device(self.model, self._wanted_device),
                 dtype=self.options.dtype,
                 on_progress=on_window,
             )

@@ -12,8 +12,7 @@ from perf_vit.errors import InputError, extra
 
 with extra("train", "evaluation"):
     from perf_vit.inference.options import options_of
-    from perf_vit.workflows.load import find_model
-    from perf_vit.workflows.predict import evaluating
+    from perf_vit.workflows.load import evaluating, find_model, has_task
     from perf_vit.workflows.progress import progress_shown
     from perf_vit.workflows.registry import TASKS, task_of
     from perf_vit.workflows.task import EvaluateOptions, Evaluation, Task
@@ -49,7 +48,7 @@ def evaluate(
         OutputError: Scores that exist, without `overwrite`.
     """
     given = model if isinstance(model, nn.Module) else find_model(model)
-    if isinstance(given, nn.Module) and not hasattr(given, "task"):
+    if isinstance(given, nn.Module) and not has_task(given):
         raise InputError("expected a model that `perf_vit.train` made, got another network; predict with it instead")
     if not isinstance(input, str | Path) or "://" in str(input):
         raise InputError(f"evaluations read local files, got {input}; give the path of a raster, image or folder")

@@ -1,19 +1,26 @@
-"""Trained and converted models, by the path or the name of whatever holds them."""
+"""Trained and converted models, by the path or the name of whatever holds them, and models that are given."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 from perf_vit.conversion import load_converted, load_softmax
 from perf_vit.conversion.save import CONFIG, is_converted
+from perf_vit.distributed import own_device
 from perf_vit.errors import CheckpointError, ConfigError, extra, reason_line
 
-__all__ = ["find_model", "load", "task_name"]
+__all__ = ["evaluating", "find_model", "has_task", "load", "task_name"]
 
 _HUB = "hf-hub:"
+
+# Weights of this many dimensions, those of convolutions, have a layout of their own on GPUs.
+_CONVOLUTION_NDIM = 4
 
 
 def load(model: str | Path) -> nn.Module:
@@ -36,14 +43,22 @@ def load(model: str | Path) -> nn.Module:
     return load_converted(found) if is_converted(found) else load_softmax(found).eval()
 
 
+def has_task(model: nn.Module) -> bool:
+    """Whether a network is that of a task; others may have an attribute `task` of their own."""
+    with extra("geo", "a model"):
+        from perf_vit.models import NETWORKS
+    task = getattr(model, "task", None)
+    return isinstance(task, str) and task in NETWORKS and isinstance(getattr(model, "spec", None), NETWORKS[task].spec)
+
+
 def task_name(model: nn.Module | str | Path) -> str:
-    """The name of the task of a model, or of its checkpoint; a model that doesn't say is one of segmentation.
+    """The name of the task of a model, or of its checkpoint; any other network is one of segmentation.
 
     Raises:
         CheckpointError: It can't be read, or holds a backbone without a task.
     """
     if isinstance(model, nn.Module):
-        return str(getattr(model, "task", "segmentation"))
+        return str(model.task) if has_task(model) else "segmentation"
     if Path(model).is_dir():
         raise CheckpointError(f"{model} holds a backbone, whose features are no map; train a model with it first")
     with extra("geo", "a checkpoint"):
@@ -94,3 +109,30 @@ def _download(name: str) -> Path:
     if not (folder / CONFIG).is_file():
         raise CheckpointError(f"{name} on the Hugging Face hub holds no {CONFIG}, so it is no model")
     return folder
+
+
+@contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Put a given model into evaluation mode, and afterwards back into its modes, device and layout of weights.
+
+    A path is left alone.
+    """
+    if not isinstance(model, nn.Module):
+        yield
+        return
+    modes, device = {each: each.training for each in model.modules()}, own_device(model)
+    strides = {name: each.stride() for name, each in model.named_parameters() if each.ndim == _CONVOLUTION_NDIM}
+    if any(modes.values()):
+        model.eval()
+    try:
+        yield
+    finally:
+        for each, was_training in modes.items():
+            each.training = was_training
+        if device is not None and own_device(model) != device:
+            model.to(device)
+        for name, parameter in model.named_parameters():
+            if name in strides and parameter.stride() != strides[name]:
+                parameter.data = torch.empty_strided(
+                    parameter.shape, strides[name], dtype=parameter.dtype, device=parameter.device
+                ).copy_(parameter.data)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from datetime import UTC, datetime
@@ -47,11 +47,11 @@ with extra("geo", "prediction"):
     from perf_vit.reporting.outputs import is_run_report, run_page, write_run_report
     from perf_vit.sources import GEOTIFF_SUFFIXES
     from perf_vit.transforms import Normalizer
-    from perf_vit.workflows.load import find_model, task_name
+    from perf_vit.workflows.load import evaluating, find_model, has_task, task_name
     from perf_vit.workflows.progress import inputs_progress, note, progress_shown, run_table, windows_progress
     from perf_vit.writers import check_outputs
 
-__all__ = ["PREDICTORS", "Engine", "InputsOptions", "as_segmenter", "evaluating", "plan", "predict"]
+__all__ = ["PREDICTORS", "Engine", "InputsOptions", "as_segmenter", "plan", "predict"]
 
 Engine = Literal["local", "ray"]
 
@@ -135,9 +135,7 @@ def predict(
     own = {each.name for each in fields(InputsOptions)}
     shared = InputsOptions(**{name: value for name, value in options.items() if name in own})
     given = {name: value for name, value in options.items() if name not in own}
-    inputs = [input] if isinstance(input, str | Path) or hasattr(input, "read") else list(input)
-    if not inputs:
-        raise InputError("expected at least one input, got an empty list")
+    inputs = _as_inputs(input)
     with progress_shown(progress), evaluating(model):
         predictor = _predictor(model, inputs, Path(output), given, shared)
         if isinstance(predictor, TablePredictor):
@@ -164,7 +162,7 @@ def plan(model: nn.Module | str | Path, input: Any, output: str | Path, **option
     own = {each.name for each in fields(InputsOptions)}
     shared = InputsOptions(**{name: value for name, value in options.items() if name in own})
     given = {name: value for name, value in options.items() if name not in own}
-    inputs = [input] if isinstance(input, str | Path) or hasattr(input, "read") else list(input)
+    inputs = _as_inputs(input)
     with evaluating(model):
         predictor = _predictor(model, inputs, Path(output), given, shared)
         source = _only_source(inputs, Path(output), shared)
@@ -172,6 +170,25 @@ def plan(model: nn.Module | str | Path, input: Any, output: str | Path, **option
             raise OptionError("plan is of the map of one image with `whole`; give one image, or leave it out")
         with predictor.opened(source) as opened:
             return plan_map(predictor, opened, Path(output))
+
+
+def _as_inputs(given: Any) -> list[Any]:
+    """Return one or several inputs as a list of paths, or of one open source.
+
+    Raises:
+        InputError: They are anything else.
+    """
+    is_one = isinstance(given, str | Path) or hasattr(given, "read") or not isinstance(given, Iterable)
+    inputs = [given] if is_one else list(given)
+    if not inputs:
+        raise InputError("expected at least one input, got an empty list")
+    for each in (one for one in inputs if not isinstance(one, str | Path)):
+        kind = type(each).__name__
+        if not (hasattr(each, "read") and hasattr(each, "extent")):
+            raise InputError(f"input must be paths, URLs or what `perf_vit.open` gives, got {kind}; give its path")
+        if len(inputs) > 1:
+            raise InputError(f"several inputs are given by their paths, got an open {kind}; give its path")
+    return inputs
 
 
 def _predictor(
@@ -186,7 +203,7 @@ def _predictor(
     predictor, kind = PREDICTORS[name]
     kinds = ((NETWORKS[task].label, options) for task, (_, options) in PREDICTORS.items())
     options: Any = options_of(kind, given, NETWORKS[name].label, kinds)
-    if not isinstance(found, nn.Module) or hasattr(found, "task"):
+    if not isinstance(found, nn.Module) or has_task(found):
         return predictor(found, options)
     spec = getattr(found, "spec", None)
     is_one = shared.mosaic or hasattr(inputs[0], "read")
@@ -196,19 +213,6 @@ def _predictor(
         return predictor(as_segmenter(found, opened, options.window_size), options)
     finally:
         opened.close()
-
-
-@contextmanager
-def evaluating(model: Any) -> Iterator[None]:
-    """Put a given model into evaluation mode, and each of its modules back into its own; a path is left alone."""
-    modes = {each: each.training for each in model.modules()} if isinstance(model, nn.Module) else {}
-    if any(modes.values()):
-        model.eval()
-    try:
-        yield
-    finally:
-        for each, was_training in modes.items():
-            each.training = was_training
 
 
 def _only_source(inputs: Sequence[Any], output: Path, given: InputsOptions) -> Any:

@@ -137,7 +137,7 @@ def task_keys(task: str, *, usual: bool = False) -> list[ConfigKey]:
 
 
 def task_of(model: nn.Module | str | Path) -> Task:
-    """The task of a model, or of its checkpoint; a model that doesn't say is one of segmentation.
+    """The task of a model, or of its checkpoint; any other network is one of segmentation.
 
     Raises:
         CheckpointError: It can't be read, or holds a backbone without a task.

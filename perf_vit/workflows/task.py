@@ -51,6 +51,11 @@ class EvaluateOptions:
     report: str | Path | None = None
     overwrite: bool = False
 
+    def __post_init__(self) -> None:
+        # In Python, 32 and torch.device("cpu") are usual.
+        for name in ("device", "precision"):
+            object.__setattr__(self, name, str(getattr(self, name)))
+
     @property
     def page(self) -> Path | None:
         """Path of the report, None for none."""

@@ -14,10 +14,13 @@ from small_models import save_classifier, save_segmenter, save_small_detector
 from torch import nn
 
 import perf_vit
+from perf_vit.distributed import own_device
 from perf_vit.errors import CheckpointError, ConfigError, InputError, OptionError, OutputError
-from perf_vit.inference import RunReport, SegmentationPredictOptions, SegmentationPredictor
+from perf_vit.inference import RunReport, SegmentationPredictOptions, SegmentationPredictor, resolve_device
 from perf_vit.transforms import Normalizer
+from perf_vit.workflows.load import evaluating, has_task
 from perf_vit.workflows.predict import as_segmenter
+from perf_vit.workflows.segmentation import SegmentationEvaluateOptions
 
 
 def pixels_of(path: Path) -> np.ndarray:
@@ -158,6 +161,62 @@ def test_maps_of_an_earlier_call_are_not_taken_for_inputs_of_a_bare_network(make
             Bands(5), scenes, scenes / "maps", window_size=32, flips=flips, overwrite=True, progress=False
         )
         assert report.count("done") == 1
+
+
+def test_a_model_is_given_back_on_its_device_and_in_its_layout() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 2))
+    before = {name: (value.stride(), value.clone()) for name, value in model.named_parameters()}
+    with evaluating(model):
+        model.to(memory_format=torch.channels_last)
+        assert model[0].weight.stride() != before["0.weight"][0]
+    assert all(value.stride() == before[name][0] for name, value in model.named_parameters())
+    assert all(torch.equal(value, before[name][1]) for name, value in model.named_parameters())
+    # A device that every machine has stands for a GPU.
+    elsewhere = nn.Sequential(nn.Conv2d(3, 4, 3, device="meta"), nn.BatchNorm2d(4, device="meta"))
+    with evaluating(elsewhere):
+        elsewhere.to_empty(device="cpu")
+    assert own_device(elsewhere) == torch.device("meta")
+
+
+def test_auto_is_the_accelerator_of_a_given_model(monkeypatch) -> None:
+    places = {"mps:0": "mps:0", "cuda:1": "cuda:1", "cpu": resolve_device("auto")}
+    for own, expected in places.items():
+        monkeypatch.setattr("perf_vit.inference.predictor.own_device", lambda model, own=own: torch.device(own))
+        predictor = SegmentationPredictor(Bands(3), SegmentationPredictOptions())
+        assert (predictor.device, predictor.on("cpu").device) == (expected, "cpu")
+    monkeypatch.setattr("perf_vit.inference.predictor.own_device", lambda model: None)
+    assert SegmentationPredictor(Bands(3), SegmentationPredictOptions()).device == resolve_device("auto")
+
+
+def test_options_take_what_is_usual_in_python() -> None:
+    for kind in (SegmentationPredictOptions, SegmentationEvaluateOptions):
+        options = kind(precision=32, device=torch.device("cpu"))
+        assert (options.precision, options.device) == ("32", "cpu")
+
+
+def test_an_attribute_named_task_makes_no_model_of_ours(make_scene, tmp_path) -> None:
+    path = make_scene(num_bands=3)
+    for task in ("segmentation", "detection", "multiclass", None):
+        model = Bands(3).eval()
+        model.task = task
+        assert not has_task(model)
+        out = perf_vit.predict(model, path, tmp_path / f"{task}.tif", window_size=32, progress=False)
+        assert out.made
+        with pytest.raises(InputError, match=r"^expected a model that `perf_vit.train` made, got another network"):
+            perf_vit.evaluate(model, path, path)
+    assert has_task(perf_vit.load(save_segmenter(tmp_path / "model.ckpt")))
+
+
+def test_inputs_that_are_neither_paths_nor_our_sources_are_one_line(make_scene, tmp_path) -> None:
+    path = make_scene()
+    for given, name in ((None, "NoneType"), (3, "int"), (np.zeros((2, 3)), "ndarray"), ([path, None], "NoneType")):
+        with pytest.raises(InputError, match=rf"^input must be paths, URLs or .* got {name}; give its path$"):
+            perf_vit.predict(Bands(3), given, tmp_path / "map.tif")
+    with rasterio.open(path) as file, pytest.raises(InputError, match=r"got DatasetReader; give its path$"):
+        perf_vit.predict(Bands(3), file, tmp_path / "map.tif")
+    source = perf_vit.open(path)
+    with pytest.raises(InputError, match=r"^several inputs are given by their paths, got an open RasterSource"):
+        perf_vit.predict(Bands(3), [source, path], tmp_path / "maps")
 
 
 def test_a_model_in_training_is_scored_in_evaluation_mode_and_given_back(make_scene, tmp_path) -> None:
