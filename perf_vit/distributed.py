@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "rank_and_world_size",
     "sample_rank_and_world_size",
     "share_samples",
+    "started_rank_and_world_size",
     "sum_over_processes",
     "training_precision",
 ]
@@ -73,6 +75,13 @@ def rank_and_world_size(group: Any = None) -> tuple[int, int]:
 
 
 _per_sample = 1
+
+
+def started_rank_and_world_size() -> tuple[int, int]:
+    """Return the rank and number of processes, also of those that torchrun started and that form no group yet."""
+    if not has_processes() and dist.is_available() and dist.is_torchelastic_launched():
+        return int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    return rank_and_world_size()
 
 
 def share_samples(number: int) -> None:

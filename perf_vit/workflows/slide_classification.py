@@ -8,7 +8,7 @@ from contextlib import closing, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -23,6 +23,7 @@ from perf_vit.data import (
     read_slides,
     warn_of_mixed_mpp,
 )
+from perf_vit.distributed import started_rank_and_world_size
 from perf_vit.errors import ConfigError, DataWarning, InputError, OutputError
 from perf_vit.inference import SlideClassificationPredictOptions, SlideClassificationPredictor
 from perf_vit.metrics import ClassificationMetrics, ClassificationScores, RegisteredMetrics
@@ -57,6 +58,8 @@ __all__ = [
 ]
 
 FloatArray = npt.NDArray[np.float32]
+
+T = TypeVar("T")
 
 _EMBEDDINGS = "embeddings"
 """Folder of a run's features."""
@@ -178,10 +181,10 @@ def prepare_slides(
     paths = [*data.train.paths, *data.val.paths]
     if through:
         store = _store(predictor, folder / _WINDOWS, of_windows=True)
-        failed = _store_all(partial(_found, predictor), store, paths)
+        failed = _store_all(partial(_found, predictor, is_stored=store.has), store, paths)
     else:
         store = _store(predictor, config.data.embeddings or folder / _EMBEDDINGS)
-        failed = _store_all(partial(_embedded, predictor), store, paths)
+        failed = _store_all(partial(_embedded, predictor, is_stored=store.has), store, paths)
     if failed:
         data = _without(data, failed, config.data.on_error, store.folder, "windows" if through else "features")
     spec = task.model.spec if through else None
@@ -253,6 +256,7 @@ def evaluate_slide_classification(
     with closing(_embedded(predictor, missing)) as embedded:
         for path, label, is_stored in zip(targets.paths, targets.labels.tolist(), stored, strict=True):
             found = store.read(path) if store is not None and is_stored else next(embedded)
+            assert found is not None
             if isinstance(found, InputError):
                 failed[path] = str(found)
                 continue
@@ -320,50 +324,78 @@ def _store(predictor: SlideClassificationPredictor, folder: str | Path, *, of_wi
     return EmbeddingStore(folder, predictor.model.encoder_id(), options)
 
 
-FoundSlides = Generator[SlideFeatures | InputError, None, None]
+FoundSlides = Generator[SlideFeatures | InputError | None, None, None]
+"""What is found of each slide, or why there is nothing; None where another process has stored it meanwhile."""
 
 
 def _store_all(
     find: Callable[[Sequence[str]], FoundSlides], store: EmbeddingStore, paths: Sequence[str]
 ) -> dict[str, str]:
-    """Store what is found of slides that aren't stored yet, each as it is known; the reasons of those that failed."""
-    missing = [path for path in paths if not store.has(path)]
+    """Store what is found of slides that aren't stored yet, each as it is known; the reasons of those that failed.
+
+    Processes that train together share the slides.
+    """
+    order = _dealt([path for path in paths if not store.has(path)], *started_rank_and_world_size())
     failed = {}
-    with closing(find(missing)) as results:
-        for path, found in zip(missing, results, strict=True):
+    with closing(find(order)) as results:
+        for path, found in zip(order, results, strict=True):
             if isinstance(found, InputError):
                 failed[path] = str(found)
-            else:
+            elif found is not None:
                 store.write(path, found.features, found.windows, found.picture)
-    return failed
+    return {path: failed[path] for path in paths if path in failed}
 
 
-def _found(predictor: SlideClassificationPredictor, paths: Sequence[str]) -> FoundSlides:
+def _dealt(paths: Sequence[str], rank: int, world_size: int) -> list[str]:
+    """The order in which a process goes through slides: its share, then those of the others from their ends."""
+    order = list(paths[rank::world_size])
+    for other in range(rank + 1, rank + world_size):
+        order += reversed(paths[other % world_size :: world_size])
+    return order
+
+
+def _never(path: str) -> bool:
+    return False
+
+
+def _found(
+    predictor: SlideClassificationPredictor, paths: Sequence[str], *, is_stored: Callable[[str], bool] = _never
+) -> FoundSlides:
     """Yield the windows of slides, with features of length 0, or why they have none."""
-    read = partial(predictor.attempted, predictor.read_input)
+    read = _unless(is_stored, partial(predictor.attempted, predictor.read_input))
     with (
         closing(load_ahead(paths, read, num_threads=1, depth=2)) as found,
         windows_progress("finding tissue", "slides") as on_slide,
     ):
         for number, tissue in enumerate(found, 1):
             on_slide(number, len(paths))
-            if isinstance(tissue, InputError):
+            if tissue is None or isinstance(tissue, InputError):
                 yield tissue
             else:
                 features = np.zeros((len(tissue.windows), 0), np.float32)
                 yield SlideFeatures(features, tissue.windows, tissue.picture)
 
 
-def _embedded(predictor: SlideClassificationPredictor, paths: Sequence[str]) -> FoundSlides:
+def _embedded(
+    predictor: SlideClassificationPredictor, paths: Sequence[str], *, is_stored: Callable[[str], bool] = _never
+) -> FoundSlides:
     """Yield the features of slides or why they have none; the tissue of the next slide is looked for meanwhile."""
-    read = partial(predictor.attempted, predictor.read_input)
+    read = _unless(is_stored, partial(predictor.attempted, predictor.read_input))
     with closing(load_ahead(paths, read, num_threads=1, depth=1)) as found:
         for number, (path, tissue) in enumerate(zip(paths, found, strict=True), 1):
             if isinstance(tissue, InputError):
                 yield tissue
                 continue
+            if tissue is None or is_stored(path):
+                yield None
+                continue
             with windows_progress(f"embedding {Path(path).name}, {number} of {len(paths)}") as on_window:
                 yield predictor.attempted(partial(predictor.embed, on_window=on_window, tissue=tissue), path)
+
+
+def _unless(is_done: Callable[[str], bool], call: Callable[[str], T]) -> Callable[[str], T | None]:
+    """Return a function that calls another one for paths that aren't done."""
+    return lambda path: None if is_done(path) else call(path)
 
 
 def _spec(config: SlideClassificationRun, train: SlideTargets) -> SlideClassificationSpec:

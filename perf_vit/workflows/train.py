@@ -168,6 +168,8 @@ def train_run(config: TaskRunConfig, *, progress: bool = True) -> Run:
     if isinstance(module, ThroughEncoderTask):
         wait_for_long_steps(trainer)
     if task.prepare_data is not None:
+        # Features are computed on the device of this process.
+        module.to(trainer.strategy.root_device)
         data = task.prepare_data(config, data, module, run.path)
     # A task of one's own may have other keys of data.
     data.global_batch_size = getattr(getattr(config, "data", None), "global_batch_size", None)

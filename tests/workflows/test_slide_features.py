@@ -3,15 +3,16 @@
 import shutil
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from small_models import save_slide_classifier
 from synthetic_slide import make_slide
 
-from perf_vit.errors import DataWarning
+from perf_vit.errors import DataWarning, InputError
 from perf_vit.inference import SlideClassificationPredictOptions, SlideClassificationPredictor
-from perf_vit.workflows import slide_classification
+from perf_vit.workflows import slide_classification, train
 from perf_vit.workflows.slide_classification import (
     SlideClassificationEvaluateOptions,
     evaluate_slide_classification,
@@ -103,3 +104,77 @@ def test_a_checkpoint_in_the_root_folder_has_no_stored_features(run, slides, mon
     before = features(run)
     assert evaluate(run, slides).to_dict() == expected
     assert features(run) == before
+
+
+@pytest.fixture
+def two_processes(monkeypatch):
+    """A function that makes this process one of two that torchrun started."""
+
+    def start(rank: int) -> None:
+        monkeypatch.setattr("torch.distributed.is_torchelastic_launched", lambda: True)
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("WORLD_SIZE", "2")
+
+    return start
+
+
+def test_processes_share_the_slides_and_take_from_the_end_of_each_other(two_processes) -> None:
+    class Store:
+        """Features that another process adds to."""
+
+        def __init__(self) -> None:
+            self.stored = {"b"}
+
+        def has(self, path: str) -> bool:
+            return path in self.stored
+
+        def write(self, path: str, *_) -> None:
+            self.stored.add(path)
+
+    def find(paths):
+        seen.append(list(paths))
+        for path in paths:
+            yield InputError(f"no {path}") if path in "ad" else SimpleNamespace(features=0, windows=0, picture=0)
+
+    for rank, expected in enumerate(([*"adf", *"ec"], [*"ce", *"fda"])):
+        seen: list[list[str]] = []
+        two_processes(rank)
+        store = Store()
+        assert slide_classification._store_all(find, store, "abcdef") == {"a": "no a", "d": "no d"}
+        assert seen == [expected]
+        assert store.stored == set("bcef")
+
+
+def test_a_slide_that_another_process_has_stored_meanwhile_is_not_embedded(run, slides) -> None:
+    options = SlideClassificationPredictOptions(device="cpu")
+    predictor = SlideClassificationPredictor(run / "checkpoints" / "best.ckpt", options)
+    paths = [str(slides / f"{name}.svs") for name in ("large", "small")]
+    for find in (slide_classification._embedded, slide_classification._found):
+        large, small = find(predictor, paths, is_stored=lambda path: path == paths[0])
+        assert large is None
+        assert len(small.windows) > 0
+
+
+def test_features_are_computed_on_the_device_of_the_trainer(monkeypatch, tmp_path) -> None:
+    seen = []
+
+    class StopError(Exception):
+        pass
+
+    def prepare(config, data, module, folder) -> None:
+        seen.append(module.weight.device.type)
+        raise StopError
+
+    parts = {"monitor": "", "curves": None, "draw": None, "prepare_data": prepare}
+    task = SimpleNamespace(
+        build_data=lambda config: None, build_module=lambda config, data: torch.nn.Linear(1, 1), **parts
+    )
+    trainer = SimpleNamespace(strategy=SimpleNamespace(root_device=torch.device("meta")))
+    config = SimpleNamespace(task="any", seed=0, trainer=SimpleNamespace(sequence_parallel=False))
+    folder = SimpleNamespace(config=config, path=tmp_path, check_network=lambda module: None)
+    monkeypatch.setattr(train, "TASKS", {"any": task})
+    monkeypatch.setattr(train, "RunFolder", lambda config: folder)
+    monkeypatch.setattr(train, "build_trainer", lambda *_, **__: trainer)
+    with pytest.raises(StopError):
+        train.train_run(config)
+    assert seen == ["meta"]
