@@ -19,6 +19,7 @@ from perf_vit.inference.prefetch import to_device
 from perf_vit.inference.table_predictor import Rows, TablePredictor
 from perf_vit.models import Classifier, InputCheck, collate_tiles, image_tile, load_classifier, middle_window
 from perf_vit.plotting.pictures import Picture
+from perf_vit.reporting.outputs import NAMES_SEPARATOR
 from perf_vit.reporting.samples import text_sample
 
 __all__ = ["ClassificationPredictor"]
@@ -106,7 +107,9 @@ class ClassificationPredictor(TablePredictor[Classifier, ClassificationPredictOp
         if spec.kind == "single_label":
             leading = [spec.classes[max(range(len(scores)), key=scores.__getitem__)]]
         elif spec.kind == "multilabel":
-            leading = [" ".join(name for name, score in zip(spec.classes, scores, strict=True) if score > 0.5)]
+            leading = [
+                NAMES_SEPARATOR.join(name for name, score in zip(spec.classes, scores, strict=True) if score > 0.5)
+            ]
         return [*leading, *(f"{score:.6g}" for score in scores)]
 
 

@@ -30,6 +30,7 @@ from perf_vit.sources.pixel_size import pixel_area_grid, pixel_areas, polygon_ar
 from perf_vit.types import GeoImage, LabelArray, Source
 
 __all__ = [
+    "NAMES_SEPARATOR",
     "is_map_report",
     "is_run_report",
     "run_page",
@@ -39,6 +40,9 @@ __all__ = [
     "write_run_report",
     "write_table_report",
 ]
+
+NAMES_SEPARATOR = ";"
+"""Between the classes of an image in the column `predictions` of a table."""
 
 # More lines would take a browser seconds.
 _MAX_SHAPES = 20_000
@@ -305,7 +309,7 @@ def write_table_report(
     place = None if column is None else columns.index(column)
     page = Page(title=table.stem, subtitle=f"{len(fine):,} of {len(rows):,} inputs: {table.name}")
     if place is not None:
-        counts = Counter(row[place] or "none" for row in fine)
+        counts = Counter(name for row in fine for name in _names(row[place], column))
         lines = [[name, f"{num:,}", f"{num / max(1, len(fine)):.3f}"] for name, num in counts.most_common()]
         page.add("Predictions", TextTable(columns=["class", "inputs", "share"], rows=lines))
     chosen = _spread(fine, _MAX_THUMBNAILS)
@@ -321,12 +325,20 @@ def _spread(items: Sequence[Any], num: int) -> list[Any]:
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, num).round().astype(int))] if items else []
 
 
+def _names(text: str, column: str | None) -> list[str]:
+    """Names of the predicted classes of an input: one, or any number in the column `predictions`."""
+    if not text:
+        return ["none"]
+    return text.split(NAMES_SEPARATOR) if column == "predictions" else [text]
+
+
 def _row_title(row: Sequence[str], columns: Sequence[str], place: int | None) -> str:
     name, values = Path(row[0]).name, list(zip(columns, row, strict=False))
     if place is None:
         return f"{name}: " + ", ".join(f"{key} {value}" for key, value in values[1:])
     # Of equal names the first one, which is the class.
-    found, scores = row[place] or "none", dict(reversed(values[place + 1 :]))
+    names, scores = _names(row[place], columns[place]), dict(reversed(values[place + 1 :]))
+    found = ", ".join(names)
     return f"{name}: {found}" + (f", {float(scores[found]):.2f}" if scores.get(found) else "")
 
 

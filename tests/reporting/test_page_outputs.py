@@ -41,3 +41,16 @@ def test_a_class_may_be_called_as_any_column_is(tmp_path) -> None:
     found = parsed(tmp_path / "t.html")
     assert found.captions == ["a.png: error, 0.75", "b.png: prediction, 0.62"]
     assert "2 of 3 inputs" in found.text
+
+
+def test_each_class_of_several_is_counted_by_its_name(tmp_path) -> None:
+    rows = [["a.png", "open sea;ice", "1", "1"], ["b.png", "open sea", "1", "0"], ["c.png", "", "0", "0"]]
+    table = tmp_path / "found.csv"
+    columns = ["image", "predictions", "open sea", "ice"]
+    table.write_text("\n".join(",".join(row) for row in [columns, *rows]))
+    options = {"columns": columns, "column": "predictions", "settings": {}}
+    picture = np.zeros((8, 8, 3), np.uint8)
+    write_table_report(tmp_path / "found.html", table, lambda _: lambda: {"image": picture}, **options)
+    counts = re.findall(r'<th scope="row">([^<]+)</th><td[^>]*>([12])</td>', (tmp_path / "found.html").read_text())
+    assert counts == [("open sea", "2"), ("ice", "1"), ("none", "1")]
+    assert parsed(tmp_path / "found.html").captions == ["a.png: open sea, ice", "b.png: open sea, 1.00", "c.png: none"]
