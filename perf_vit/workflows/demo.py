@@ -85,7 +85,7 @@ def run_demo(out: Path, seed: int = 0, *, overwrite: bool = False) -> Demo:
     predict(checkpoint, scene.image, output, quicklook=True, overwrite=overwrite, resume=False)
     scored = evaluate(checkpoint, scene.image, scene.labels, region=tuple(lower))
     scored.title = "lower half of the scene: not trained on, but it chose the best epoch"
-    scored.to_json(out / "scores.json")
+    scored.to_json(out / "scores.json", overwrite=True)
     report = write_report(
         out / "report.html",
         image=scene.image,

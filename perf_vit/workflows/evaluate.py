@@ -66,11 +66,12 @@ def evaluate(
     with progress_shown(progress), evaluating(given):
         found = task.evaluate(given, image, truth, parsed)
     found.settings = {"model": str(model) if isinstance(model, str | Path) else type(model).__name__, **_plain(parsed)}
+    # What exists was checked before.
     if parsed.json is not None:
-        found.to_json(parsed.json)
-        found.plot(parsed.json)
+        found.to_json(parsed.json, overwrite=True)
+        found.draw(parsed.json)
     if parsed.page is not None:
-        found.report(parsed.page)
+        found.report(parsed.page, overwrite=True)
     return found
 
 

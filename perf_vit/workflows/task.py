@@ -22,6 +22,7 @@ from perf_vit.tasks.callbacks import Curves
 from perf_vit.tasks.pictures import Draw
 from perf_vit.text import without_nan
 from perf_vit.workflows.progress import as_text, new_table
+from perf_vit.writers import check_outputs
 
 __all__ = ["EvaluateOptions", "Evaluation", "Samples", "Task", "TileScores", "TrainedModel", "WindowedEvaluateOptions"]
 
@@ -172,8 +173,8 @@ class Evaluation(ABC):
         return {**self.builtin_scores(), **({"metrics": without_nan(metrics)} if metrics else {})}
 
     @abstractmethod
-    def plot(self, path: str | Path) -> list[Path]:
-        """Write curves and the confusion matrix as pictures, as far as the task has them.
+    def draw(self, path: str | Path) -> list[Path]:
+        """Write curves and the confusion matrix as pictures, as far as the task has them, over files that exist.
 
         Args:
             path: Path of the first picture, .png or .svg; the names of others begin with its name.
@@ -185,17 +186,38 @@ class Evaluation(ABC):
             OutputError: They can't be written there.
         """
 
+    def plot(self, path: str | Path, *, overwrite: bool = False) -> list[Path]:
+        """Write curves and the confusion matrix as pictures, as far as the task has them.
+
+        Args:
+            path: Path of the first picture, .png or .svg; the names of others begin with its name.
+            overwrite: Replace files that exist.
+
+        Returns:
+            Paths of the pictures.
+
+        Raises:
+            OutputError: They can't be written there, or exist without `overwrite`.
+        """
+        check_outputs(self.picture_paths(path), [], overwrite=overwrite)
+        return self.draw(path)
+
     @property
     def headline(self) -> dict[str, str]:
         """Main scores by name, as texts."""
         return {}
 
-    def report(self, path: str | Path) -> Path:
+    def report(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write scores, curves, confusion matrix, worst and best samples and settings as one HTML page.
 
+        Args:
+            path: Output file.
+            overwrite: Replace a file that exists.
+
         Raises:
-            OutputError: Nothing can be written there.
+            OutputError: Nothing can be written there, or a file exists without `overwrite`.
         """
+        check_outputs([path], [], overwrite=overwrite)
         page = Page(title=self.title, numbers=self.headline)
         self.add_to(page)
         page.add("Settings", Settings.of_values("Model and options", self.settings))
@@ -210,18 +232,23 @@ class Evaluation(ABC):
             page.add("Map", preview, text=text, legend=legend)
         tables = [TextTable.of_rich(table, dict(legend)) for table in self.tables()]
         page.add("Scores", *tables)
-        plots = Row.of_plots(self.plot, self.captions)
+        plots = Row.of_plots(self.draw, self.captions)
         page.add("Curves and confusion", plots if plots.figures else None)
         if samples is not None:
             page.add("Worst", *sample_rows(samples.worst), legend=legend)
             page.add("Best", *sample_rows(samples.best), legend=legend)
 
-    def to_json(self, path: str | Path) -> Path:
+    def to_json(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write all scores as JSON.
 
+        Args:
+            path: Output file.
+            overwrite: Replace a file that exists.
+
         Raises:
-            OutputError: Nothing can be written there.
+            OutputError: Nothing can be written there, or a file exists without `overwrite`.
         """
+        check_outputs([path], [], overwrite=overwrite)
         write_json(Path(path), self.to_dict())
         return Path(path)
 

@@ -28,6 +28,7 @@ with extra("train", "training"):
     from perf_vit.workflows.run_config import TaskRunConfig
     from perf_vit.workflows.run_folder import CONFIG, RunFolder, check_config_kept
     from perf_vit.workflows.task import Task
+    from perf_vit.writers import check_outputs
 
 __all__ = ["Run", "fit_tile", "parse_bytes", "read_run", "train", "train_run", "with_out"]
 
@@ -67,17 +68,20 @@ class Run:
 
         return load(self.folder)
 
-    def report(self, path: str | Path | None = None) -> Path:
+    def report(self, path: str | Path | None = None, *, overwrite: bool = False) -> Path:
         """Write curves, scores, worst and best validation tiles and settings as one HTML page.
 
         The data of the run must be there.
 
         Args:
-            path: Output file; `report.html` in the folder by default.
+            path: Output file; `report.html` in the folder by default, which is replaced.
+            overwrite: Replace another file that exists.
 
         Raises:
             PerfVitError: The data of the run can't be read, or nothing can be written there.
         """
+        if path is not None:
+            check_outputs([path], [], overwrite=overwrite)
         config = read_run(self.folder / CONFIG, out=self.folder)
         task = TASKS[config.task]
         device = "cpu" if config.trainer.accelerator == "cpu" else "auto"

@@ -13,6 +13,7 @@ from small_models import save_segmenter, save_small_detector
 
 import perf_vit
 from perf_vit.data import make_ship_scene
+from perf_vit.errors import OutputError
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +99,15 @@ def test_scores_are_equal(scene, tmp_path) -> None:
     assert [row["name"] for row in found.table] == ["rest", "ship"]
     assert "scene.tif against" in str(found)
     pictures = found.plot(tmp_path / "python.png")
+    for write, name in ((found.to_json, "python.json"), (found.plot, "python.png"), (found.report, "command.html")):
+        before = (tmp_path / name).read_bytes()
+        with pytest.raises(OutputError, match="exists already; choose another output, or replace it with"):
+            write(tmp_path / name)
+        assert (tmp_path / name).read_bytes() == before
+    (tmp_path / "photo_confusion.png").touch()
+    with pytest.raises(OutputError, match=r"photo_confusion\.png exists already"):
+        found.plot(tmp_path / "photo.png")
+    assert found.plot(tmp_path / "photo.png", overwrite=True)[1].stat().st_size > 0
     assert [path.read_bytes() for path in pictures] == [
         (tmp_path / f"command{ending}.png").read_bytes() for ending in ("", "_confusion")
     ]

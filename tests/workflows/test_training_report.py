@@ -11,7 +11,7 @@ from pages import parsed
 
 import perf_vit
 from perf_vit.data.synthetic import make_ship_scene
-from perf_vit.errors import DataWarning
+from perf_vit.errors import DataWarning, OutputError
 from perf_vit.workflows.reports import training
 from perf_vit.workflows.train import Run
 
@@ -83,6 +83,11 @@ def test_a_run_without_a_best_checkpoint_has_a_report_without_scores(small, tmp_
     folder, warned = trained({**small, "trainer.report": False}, tmp_path / "run")
     (folder / "checkpoints" / "best.ckpt").unlink()
     Run(folder).report()
+    Run(folder).report()
+    (tmp_path / "notes.html").write_text("mine")
+    with pytest.raises(OutputError, match=r"notes\.html exists already"):
+        Run(folder).report(tmp_path / "notes.html")
+    assert (tmp_path / "notes.html").read_text() == "mine"
     headings = parsed(folder / "report.html").headings
     assert {"Curves", "Settings"} <= set(headings)
     assert "Scores" not in headings

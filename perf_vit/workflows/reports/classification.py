@@ -68,8 +68,8 @@ class ClassificationEvaluation(_MeasuredEvaluation[ClassificationScores]):
         """All built-in scores for people."""
         return [_classes(self.scores, self.title)]
 
-    def plot(self, path: str | Path) -> list[Path]:
-        """Write the confusion matrix and precision-recall curves; see `Evaluation.plot`."""
+    def draw(self, path: str | Path) -> list[Path]:
+        """Write the confusion matrix and precision-recall curves; see `Evaluation.draw`."""
         scores = self.scores
         names, written = [each.name for each in scores.classes], []
         matrix, curves = self.picture_paths(path)
@@ -106,7 +106,7 @@ class RegressionEvaluation(_MeasuredEvaluation[RegressionScores]):
         """All built-in errors for people."""
         return [_targets(self.scores, self.title)]
 
-    def plot(self, path: str | Path) -> list[Path]:
+    def draw(self, path: str | Path) -> list[Path]:
         """Write nothing: there are no pictures of regression."""
         return []
 

@@ -119,8 +119,8 @@ class DetectionEvaluation(Evaluation):
             content["dota"] = self._dota_scores()
         return without_nan(content)
 
-    def plot(self, path: str | Path) -> list[Path]:
-        """Write precision-recall curves and the confusion matrix; see `Evaluation.plot`."""
+    def draw(self, path: str | Path) -> list[Path]:
+        """Write precision-recall curves and the confusion matrix; see `Evaluation.draw`."""
         curve, matrix = paths = self.picture_paths(path)
         plot_precision_recall(self.scores, curve)
         save_confusion_matrix(self._confusion.matrix, [*self.classes, _BACKGROUND], matrix)

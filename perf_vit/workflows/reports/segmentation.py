@@ -93,7 +93,7 @@ class SegmentationEvaluation(Evaluation):
         means = {key: mean_over_present(self.scores, key) for key in ("iou", "f1", "precision", "recall")}
         return {"classes": [each.to_dict() for each in self.scores], "mean": means, **self.curves.to_dict()}
 
-    def plot(self, path: str | Path) -> list[Path]:
+    def draw(self, path: str | Path) -> list[Path]:
         """Write precision-recall curves and, of classes that exclude each other, the confusion matrix."""
         curve, matrix = paths = self.picture_paths(path)
         self.curves.plot(curve)
