@@ -1,6 +1,7 @@
 """Scenes that every test may make."""
 
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -37,6 +38,30 @@ TRANSFORM = Affine(2.5, 0, 401_000.125, 0, -3.25, 4_510_000.5)
 def _warnings_of_this_test(monkeypatch):
     """What is told once a process is told once a test."""
     monkeypatch.setattr(errors, "_warned", set())
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _curves_are_drawn_once(tmp_path_factory):
+    """Draw one loss curve a task and process, and copy it: drawing takes as long as a small training."""
+    # Not imported here: tests of attention need no trainer.
+    callbacks = sys.modules.get("perf_vit.tasks.callbacks")
+    if callbacks is None:
+        yield
+        return
+    plot, drawn = callbacks.plot_history, {}
+
+    def _plot(rows, path, curves=callbacks.SEGMENTATION_CURVES, format="png"):
+        if format == "png" and curves not in drawn:
+            drawn[curves] = tmp_path_factory.mktemp("curves") / "loss_curve.png"
+            plot(rows, drawn[curves], curves)
+        if format == "png":
+            shutil.copyfile(drawn[curves], path)
+        else:
+            plot(rows, path, curves, format)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(callbacks, "plot_history", _plot)
+        yield
 
 
 @pytest.fixture

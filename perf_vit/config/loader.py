@@ -16,7 +16,7 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
-from perf_vit.config.values import MISSING, build_config, dataclass_in, options_of_hint, shown
+from perf_vit.config.values import MISSING, build_config, dataclass_in, hints_of, options_of_hint, shown
 from perf_vit.config.yaml_text import MOST_CHARACTERS, NODE_CHARACTERS, load_yaml, takes_text
 from perf_vit.errors import ConfigError, reason_line
 
@@ -187,7 +187,7 @@ def _name_of(config: Config) -> str | Path:
 def _defaults(schema: Any) -> dict[str, Any]:
     """Return the default of each key as plain values, "???" for required ones."""
     values: dict[str, Any] = {}
-    hints = typing.get_type_hints(schema)
+    hints = hints_of(schema)
     for field in dataclasses.fields(schema):
         if field.default is not dataclasses.MISSING:
             value = field.default
@@ -243,7 +243,7 @@ def _with_base(content: dict[str, Any], path: Path, seen: tuple[Path, ...], sche
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any], schema: Any) -> dict[str, Any]:
     """Replace values of a config, groups of keys key by key; without a schema, all mappings are groups."""
-    hints = {} if schema is None else typing.get_type_hints(schema)
+    hints = {} if schema is None else hints_of(schema)
     merged = dict(base)
     for key, value in changes.items():
         group, before = dataclass_in(hints.get(key)), merged.get(key)
@@ -321,7 +321,7 @@ def _hint_of(key: str, schema: Any) -> Any:
         group = dataclass_in(hint)
         if group is None:
             return Any
-        hint = typing.get_type_hints(group).get(part, Any)
+        hint = hints_of(group).get(part, Any)
     return Any if hint is None else hint
 
 
@@ -349,7 +349,7 @@ def _with_value(tree: Any, path: Sequence[str], value: Any, above: str, name: st
 
 def _unknown_keys(config: Mapping[Any, Any], schema: type, prefix: str = "") -> Iterator[tuple[str, str, list[str]]]:
     """Yield (prefix, key, known keys) of every key that the schema lacks."""
-    hints = typing.get_type_hints(schema)
+    hints = hints_of(schema)
     known = [field.name for field in dataclasses.fields(cast(Any, schema))]
     for key, value in config.items():
         if key not in known:
@@ -370,7 +370,7 @@ def _unknown_key_message(prefix: str, key: str, known: list[str], schema: type) 
 
 
 def _all_keys(schema: type, prefix: str = "") -> Iterator[str]:
-    for name, hint in typing.get_type_hints(schema).items():
+    for name, hint in hints_of(schema).items():
         yield f"{prefix}{name}"
         if (nested := dataclass_in(hint)) is not None:
             yield from _all_keys(nested, f"{prefix}{name}.")

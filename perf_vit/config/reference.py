@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from perf_vit.config.values import MISSING, dataclass_in, options_of_hint, shown, type_in_words
+from perf_vit.config.values import MISSING, dataclass_in, hints_of, options_of_hint, shown, type_in_words
 
 __all__ = ["ConfigKey", "config_keys", "field_meanings", "json_schema"]
 
@@ -54,7 +54,7 @@ _SECTIONS = ("run", "data", "model", "optim", "trainer")
 
 
 def _keys(schema: Any, prefix: str) -> Iterator[ConfigKey]:
-    hints, meanings = typing.get_type_hints(schema), field_meanings(schema)
+    hints, meanings = hints_of(schema), field_meanings(schema)
     for field in dataclasses.fields(schema):
         hint, name = hints[field.name], f"{prefix}{field.name}"
         nested = dataclass_in(hint)
@@ -143,7 +143,7 @@ def _define(schema: type, definitions: dict[str, Any]) -> None:
     if schema.__name__ in definitions:
         return
     definitions[schema.__name__] = {}
-    hints, meanings = typing.get_type_hints(schema), field_meanings(schema)
+    hints, meanings = hints_of(schema), field_meanings(schema)
     properties = {}
     for field in dataclasses.fields(schema):
         hint = hints[field.name]

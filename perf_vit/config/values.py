@@ -7,12 +7,22 @@ import math
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from typing import Any, Literal, TypeVar, cast
 
 from perf_vit.errors import ConfigError
 from perf_vit.registry import did_you_mean
 
-__all__ = ["MISSING", "build_config", "check_values", "dataclass_in", "options_of_hint", "shown", "type_in_words"]
+__all__ = [
+    "MISSING",
+    "build_config",
+    "check_values",
+    "dataclass_in",
+    "hints_of",
+    "options_of_hint",
+    "shown",
+    "type_in_words",
+]
 
 T = TypeVar("T")
 
@@ -21,6 +31,12 @@ MISSING = "???"
 
 _NOTHING = ("none", "null")
 _TRUE, _FALSE = ("true", "yes", "on"), ("false", "no", "off")
+
+
+@cache
+def hints_of(schema: Any) -> Mapping[str, Any]:
+    """Return the types of a dataclass's fields by name; a config asks for them many times."""
+    return types.MappingProxyType(typing.get_type_hints(schema))
 
 
 def options_of_hint(hint: Any) -> tuple[Any, ...]:
@@ -93,7 +109,7 @@ def _list_in_words(item: Any) -> str:
 
 def _example_of(schema: Any) -> str:
     name = dataclasses.fields(schema)[0].name
-    return f"{{{name}: {_EXAMPLES.get(options_of_hint(typing.get_type_hints(schema)[name])[0], '...')}}}"
+    return f"{{{name}: {_EXAMPLES.get(options_of_hint(hints_of(schema)[name])[0], '...')}}}"
 
 
 def check_values(instance: Any, prefix: str = "") -> None:
@@ -109,7 +125,8 @@ def check_values(instance: Any, prefix: str = "") -> None:
     Raises:
         ConfigError: A value has another type; the message names the field, the type and the value.
     """
-    hints = typing.get_type_hints(type(instance))
+    schema: Any = type(instance)
+    hints = hints_of(schema)
     for field in dataclasses.fields(instance):
         value, hint = getattr(instance, field.name), hints[field.name]
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -192,7 +209,7 @@ def build_config(schema: type[T], values: Mapping[str, Any], origin: str = "the 
 
 
 def _built(schema: Any, values: Mapping[Any, Any], key: str, missing: list[str]) -> Any:
-    hints, given = typing.get_type_hints(schema), {}
+    hints, given = hints_of(schema), {}
     num_missing = len(missing)
     for field in dataclasses.fields(schema):
         name = f"{key}.{field.name}" if key else field.name
@@ -214,7 +231,7 @@ def _required(hint: Any, key: str) -> Iterator[str]:
     if schema is None:
         yield key
         return
-    hints = typing.get_type_hints(schema)
+    hints = hints_of(schema)
     for field in dataclasses.fields(schema):
         if field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
             yield from _required(hints[field.name], f"{key}.{field.name}")

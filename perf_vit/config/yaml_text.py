@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import yaml
 
-from perf_vit.config.values import options_of_hint
+from perf_vit.config.values import hints_of, options_of_hint
 
 __all__ = ["MOST_CHARACTERS", "NODE_CHARACTERS", "load_yaml", "takes_text"]
 
@@ -25,7 +25,20 @@ _DEEPEST = 50
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe loader for which 1e-6 is a number, as in YAML 1.2, and 2024-01-31 is text, as configs have no dates."""
+    """Safe loader for which 1e-6 is a number, as in YAML 1.2, and 2024-01-31 is text, as configs have no dates.
+
+    It raises ValueError for what is nested too deeply, and for aliases that are recursive or expand too much.
+    """
+
+    def __init__(self, text: str) -> None:
+        super().__init__(text)
+        self._growth = _Growth()
+
+    def get_event(self) -> yaml.Event:
+        """Return the next event of the parser, counted."""
+        event: yaml.Event = super().get_event()  # type: ignore[no-untyped-call]
+        self._growth.add(event)
+        return event
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -51,7 +64,6 @@ def load_yaml(text: str, hint: Any = Any) -> Any:
     """
     if len(text) > _LONGEST_TEXT:
         raise ValueError(f"at most {_LONGEST_TEXT:,} characters are read, got {len(text):,}")
-    _check_growth(text)
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -70,7 +82,7 @@ def _keep_text(node: yaml.Node, hint: Any) -> None:
     for option in options_of_hint(hint):
         items = typing.get_args(option)[:1] if typing.get_origin(option) in (list, tuple) else ()
         if isinstance(node, yaml.MappingNode) and isinstance(option, type) and dataclasses.is_dataclass(option):
-            hints = {"<<": option, **typing.get_type_hints(option)}
+            hints = {"<<": option, **hints_of(option)}
             for key, value in node.value:
                 _keep_text(value, hints.get(str(key.value), Any))
         elif isinstance(node, yaml.SequenceNode):
@@ -95,25 +107,31 @@ def _text_kind(hint: Any) -> bool:
     return hint is str
 
 
-def _check_growth(text: str) -> None:
-    # Sizes and anchors of the open lists and mappings; the first entry is the document.
-    sizes, anchors = [0], [""]
-    of_anchors: dict[str, int] = {}
-    for event in yaml.parse(text, yaml.SafeLoader):
+class _Growth:
+    """Depth, and size with aliases expanded, of the YAML read so far."""
+
+    def __init__(self) -> None:
+        # Sizes and anchors of the open lists and mappings; the first entry is the document.
+        self._sizes, self._anchors = [0], [""]
+        self._of_anchors: dict[str, int] = {}
+
+    def add(self, event: yaml.Event) -> None:
+        """Count an event of the parser."""
+        sizes, anchors = self._sizes, self._anchors
         if isinstance(event, yaml.AliasEvent):
             if event.anchor in anchors:
                 raise ValueError(f"the alias *{event.anchor} is recursive; remove it")
-            sizes[-1] += of_anchors.get(event.anchor or "", 0)
+            sizes[-1] += self._of_anchors.get(event.anchor or "", 0)
         elif isinstance(event, yaml.ScalarEvent):
             size = NODE_CHARACTERS + len(event.value)
-            of_anchors[event.anchor or ""] = size
+            self._of_anchors[event.anchor or ""] = size
             sizes[-1] += size
         elif isinstance(event, yaml.CollectionStartEvent):
             sizes.append(NODE_CHARACTERS)
             anchors.append(event.anchor or "")
         elif isinstance(event, yaml.CollectionEndEvent):
             size, anchor = sizes.pop(), anchors.pop()
-            of_anchors[anchor] = size
+            self._of_anchors[anchor] = size
             sizes[-1] += size
         if len(sizes) > _DEEPEST:
             raise ValueError(f"at most {_DEEPEST} levels are read; nest less deeply")

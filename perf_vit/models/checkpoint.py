@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from perf_vit._version import __version__
 from perf_vit.config import check_values
@@ -242,7 +243,7 @@ def _check_names_no_files(path: str | Path, backbone: Any, saved_backbone: Any, 
 def _check_size(build: Callable[..., nn.Module], config: Any, spec: Any, saved_backbone: Any, state: Any) -> None:
     """Refuse a network that doesn't match the weights before memory is allocated, as a file may request any size."""
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _NoDraws():
             planned = build(config, spec, saved_backbone)
     # The same failure occurs when the network is built, or the constructor needs values, which meta tensors lack.
     except Exception:
@@ -256,6 +257,17 @@ def _check_size(build: Callable[..., nn.Module], config: Any, spec: Any, saved_b
     constants = sum(buffer.numel() * buffer.element_size() for buffer in planned.buffers())
     if constants > _LARGEST_CONSTANTS + sum(value.nbytes for value in state.values()):
         raise RuntimeError("the network's constant buffers take gigabytes")
+
+
+class _NoDraws(TorchFunctionMode):
+    """Skips the initialisation of weights without values, which takes most of the time to build a network of them."""
+
+    _IN_PLACE = ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "zero_", "fill_")
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        is_in_place = bool(args) and getattr(func, "__name__", "") in self._IN_PLACE
+        is_draw = is_in_place and isinstance(args[0], Tensor) and args[0].is_meta
+        return args[0] if is_draw else func(*args, **(kwargs or {}))
 
 
 @contextmanager

@@ -13,10 +13,12 @@ def _args(trained, *extra) -> list:
     return ["fit-tile", "configs/segmentation/demo.yaml", *files, *SMALL, *extra]
 
 
-def test_the_largest_tile_is_printed_with_what_it_takes(trained, capsys) -> None:
+def test_the_largest_tile_is_printed_with_what_it_takes(trained, capsys, monkeypatch) -> None:
+    # Processes that train are those of tests/tasks/test_memory.py.
+    monkeypatch.setattr("perf_vit.tasks.memory._peak_in_process", lambda steps: 10**6 * steps.tile_px)
     assert call(_args(trained, "--memory", "900GB", "--max-tile", "64", "--batch-size", "1")) == 0
     printed = capsys.readouterr().out
-    assert "64 px: " in printed
+    assert "64 px: 0.06 GB" in printed
     assert "largest tile: data.tile_px=64, " in printed
     assert "of 900.00 GB" in printed
 
