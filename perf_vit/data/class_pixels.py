@@ -56,14 +56,14 @@ def count_class_pixels(
         num_classes: Number of classes K.
         window_px: Size of the windows read, in pixels.
         max_windows: Maximum number of windows to read with their pixels, in all and of each class that these lack.
-        on_window: Function called with the number of windows done and the total, while labels are read.
+        on_window: Function called with the number of windows done and the total.
 
     Returns:
         Number of pixels per class; for multi-label layers, the pixels where the class is present.
     """
     windows = _windows(sources, window_px)
     if len(windows) <= max_windows:
-        return _count(windows, num_classes)[0].tolist()
+        return _count(windows, num_classes, on_window)[0].tolist()
     present = np.zeros((num_classes + 1, len(windows)), bool)
     for index, (source, window) in enumerate(windows):
         labels = source.labels.read(window)
@@ -93,6 +93,7 @@ def count_labelled_pixels(
     *,
     window_px: int = _WINDOW_PX,
     max_windows: int = _MAX_WINDOWS,
+    on_window: Callable[[int, int], None] | None = None,
 ) -> tuple[list[int], int]:
     """Count pixels of each class and all labelled pixels, including those without any class.
 
@@ -101,7 +102,7 @@ def count_labelled_pixels(
     windows = _windows(sources, window_px)
     # Random, as equal steps through the rows of a grid may read its diagonal only.
     chosen = np.sort(np.random.default_rng(0).permutation(len(windows))[:max_windows])
-    counts, num_labelled = _count([windows[index] for index in chosen.tolist()], num_classes)
+    counts, num_labelled = _count([windows[index] for index in chosen.tolist()], num_classes, on_window)
     return counts.tolist(), num_labelled
 
 
@@ -114,9 +115,13 @@ def _windows(sources: Sequence[LabelledSource], window_px: int) -> list[tuple[La
     return [(source, window) for source in sources for window in pieces(source.region, window_px)]
 
 
-def _count(windows: Sequence[tuple[LabelledSource, Window]], num_classes: int) -> tuple[npt.NDArray[np.int64], int]:
+def _count(
+    windows: Sequence[tuple[LabelledSource, Window]],
+    num_classes: int,
+    on_window: Callable[[int, int], None] | None = None,
+) -> tuple[npt.NDArray[np.int64], int]:
     counts, num_labelled = np.zeros(num_classes, np.int64), 0
-    for source, window in windows:
+    for done, (source, window) in enumerate(windows, 1):
         labels = source.read_labels(window)
         labelled = labels != IGNORE_INDEX
         if labels.ndim == 3:
@@ -126,6 +131,8 @@ def _count(windows: Sequence[tuple[LabelledSource, Window]], num_classes: int) -
             # IGNORE_INDEX is above all class indices.
             counts += np.bincount(labels.ravel(), minlength=num_classes)[:num_classes]
         num_labelled += int(labelled.sum())
+        if on_window is not None:
+            on_window(done, len(windows))
     return counts, num_labelled
 
 

@@ -117,7 +117,12 @@ class SegmentationDataModule(EpochDataModule):
 
 
 def open_labelled(
-    config: SegmentationDataConfig, region: SegmentationSplitConfig, key: str, *, train: bool
+    config: SegmentationDataConfig,
+    region: SegmentationSplitConfig,
+    key: str,
+    *,
+    train: bool,
+    on_image: Callable[[int, int], None] | None = None,
 ) -> list[LabelledSource]:
     """Open a raster or slide with its labels, or all images of a folder.
 
@@ -126,6 +131,7 @@ def open_labelled(
         region: Split to open.
         key: Name of the config key, for errors.
         train: Whether to read finer pixels if the file has them and the augmentation needs them.
+        on_image: Function called with the number of images of a folder that are open and of all.
 
     Raises:
         ConfigError: The region doesn't fit.
@@ -141,7 +147,7 @@ def open_labelled(
     is_folder = is_labelled_folder(region.image, region.labels)
     if is_folder and region.region is not None:
         raise ConfigError(f"{key}.region is a part of one raster, and {region.image} is a folder; leave it out")
-    pairs = open_pairs(region.image, region.labels, open_image, config, label_options(config))
+    pairs = open_pairs(region.image, region.labels, open_image, config, label_options(config), on_image)
     return [
         LabelledSource(source, labels, window, keep_open=not is_folder)
         for (source, labels), window in zip(pairs, windows, strict=True)
@@ -154,6 +160,7 @@ def open_pairs(
     open_image: OpenInput,
     meaning: Any,
     options: Mapping[str, Any],
+    on_image: Callable[[int, int], None] | None = None,
 ) -> list[tuple[RasterSource | SlideSource, LabelSource]]:
     """Open an image and its labels, or all images of a folder (closed) with the label files of the same name.
 
@@ -163,6 +170,7 @@ def open_pairs(
         open_image: Function that opens an image by path.
         meaning: Data config or spec with the attributes classes, background and multilabel, which define the labels.
         options: Further keyword arguments of `perf_vit.labels.open_labels`.
+        on_image: Function called with the number of images of a folder that are open and of all.
 
     Raises:
         InputError: Files can't be read or are inconsistent.
@@ -178,6 +186,8 @@ def open_pairs(
         sources.append(_opened(path, open_image))
         # There may be more images than the limit of open files.
         sources[-1].close()
+        if on_image is not None:
+            on_image(len(sources), len(pairs))
     files = LabelFiles([file for _, file in pairs], sources, **options)
     files.spot_check()
     return [(source, files[index]) for index, source in enumerate(sources)]
@@ -257,7 +267,11 @@ _STATISTICS_PX = 2048
 
 
 def build_segmentation_datamodule(
-    config: SegmentationDataConfig, seed: int, on_window: Callable[[int, int], None] | None = None
+    config: SegmentationDataConfig,
+    seed: int,
+    on_window: Callable[[int, int], None] | None = None,
+    *,
+    opened: tuple[list[LabelledSource], list[LabelledSource]] | None = None,
 ) -> SegmentationDataModule:
     """Open rasters and labels and measure band statistics that the config doesn't give.
 
@@ -266,22 +280,21 @@ def build_segmentation_datamodule(
         seed: Seed of tiles and augmentation.
         on_window: Function called with the number of windows done and the total, while the balanced sampler searches
             for pixels of the classes.
+        opened: Training and validation sources of the config that are open already; None to open them.
 
     Raises:
         ConfigError: Values are inconsistent.
         InputError: Files can't be read or are inconsistent.
     """
     check_data(config)
-    rasters, val = _open_all(config)
+    rasters, val = opened or _open_all(config)
     sources = [one.source for one in rasters]
     num_bands = sources[0].num_bands
     stain = make_stain_jitter(config.augment, sources, num_bands)
     sizes = pixel_sizes(config.augment, sources)
     _check_all(config, rasters, val)
     sampler = _make_sampler(rasters, config, sizes, seed, on_window)
-    of_classes = sampler if config.sampler == "balanced" else None
-    warn_of_absent_classes(rasters, config, "train", of_classes)  # type: ignore[arg-type]
-    warn_of_absent_classes(val, config, "val")
+    _warn_of_absent_classes(config, rasters, val, sampler)
     given = given_normalizer(config.mean, config.std, num_bands)
     normalizer, trained_on = measure_bands(_seen(rasters, seed), sources, given)
     return SegmentationDataModule(
@@ -334,6 +347,17 @@ def _check_all(config: SegmentationDataConfig, train: list[LabelledSource], val:
     check_labelled(val, config, "val")
     warn_of_shared_places(*([(one.source, one.region) for one in part] for part in (train, val)))
     warn_of_polygons_outside(one.labels for one in (*train, *val))
+
+
+def _warn_of_absent_classes(
+    config: SegmentationDataConfig,
+    train: list[LabelledSource],
+    val: list[LabelledSource],
+    sampler: SegmentationSampler | None,
+) -> None:
+    of_classes = sampler if config.sampler == "balanced" else None
+    warn_of_absent_classes(train, config, "train", of_classes)  # type: ignore[arg-type]
+    warn_of_absent_classes(val, config, "val")
 
 
 def _check_bands(group: Sequence[LabelledSource], key: str, first: Source) -> None:

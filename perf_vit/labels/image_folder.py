@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
@@ -40,7 +41,7 @@ class ImageFolder:
         roots = [(path, image_root(each)) for each in given for path in find_images([each])]
         roots = [(path, root) for path, root in roots if not set(without).intersection(path.parents)]
         found = list(dict(roots))
-        self._found = frozenset(found)
+        self._found = {os.path.abspath(path): path for path in found}
         previews = previews_among(found)
         self.paths = [path for path in found if path not in previews]
         self._known: dict[str, set[Path]] = {}
@@ -54,7 +55,7 @@ class ImageFolder:
 
     def has(self, name: str) -> bool:
         """Return whether any image matches a name from a label file."""
-        return str(Path(name)) in self._known or Path(name) in self._found
+        return str(Path(name)) in self._known or os.path.abspath(name) in self._found
 
     def find(self, name: str, labels: str) -> Path:
         """Return the image that matches a name from a label file.
@@ -62,7 +63,9 @@ class ImageFolder:
         Raises:
             InputError: No image matches, or several do.
         """
-        found = self._known.get(str(Path(name))) or {Path(name)} & self._found
+        # As with the whole path, which may be written in several ways.
+        whole = self._found.get(os.path.abspath(name))
+        found = self._known.get(str(Path(name))) or ({whole} if whole is not None else set())
         if len(found) == 1:
             return next(iter(found))
         if found:

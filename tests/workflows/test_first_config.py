@@ -17,8 +17,10 @@ from PIL import Image
 from synthetic_slide import make_slide
 
 import perf_vit
+from perf_vit.data import ClassificationDataConfig, ClassificationSplitConfig, read_image_targets, segmentation
 from perf_vit.errors import InputError, OptionError, OutputError
-from perf_vit.workflows.first_config import FirstConfig
+from perf_vit.sources import open_input
+from perf_vit.workflows.first_config import FirstConfig, scene
 from perf_vit.workflows.registry import TASKS
 from perf_vit.workflows.train import read_run
 
@@ -314,6 +316,61 @@ def test_several_folders_whose_images_have_the_same_names(task: str, recwarn) ->
         found = TASKS[task].build_data(read_run(made.path, {"data.mean": None, "data.std": None})).normalizer
         assert config_of(made.path)["data"]["mean"] == pytest.approx(found.mean, rel=1e-3)
     assert [str(warning.message) for warning in recwarn if "is also in data.train" in str(warning.message)] == []
+
+
+@pytest.mark.parametrize("folders", [("../a", "../b"), ("../a", "../work/../b")])
+def test_the_printed_evaluation_finds_the_images_of_folders_above(folders, tmp_path, monkeypatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    for folder in "ab":
+        for name in ("forest", "town"):
+            write_images(f"../{folder}/{name}", 2, (64, 64))
+    made = perf_vit.init("classification", list(folders), out="c.yaml", progress=False)
+    evaluate = shlex.split(made.commands[1])
+    given = {each: evaluate[evaluate.index(f"--{each}") + 1] for each in ("input", "labels")}
+    split = ClassificationSplitConfig(image=given["input"], labels=given["labels"])
+    found = read_image_targets(ClassificationDataConfig(train=split), split)
+    listed = Path("c_val.csv").read_text().splitlines()[1:]
+    assert len(listed) == 2
+    assert {Path(path).resolve() for path in found.paths} == {Path(row.split(",")[0]).resolve() for row in listed}
+
+
+@pytest.mark.parametrize(
+    ("num_bands", "bands", "fact"),
+    [
+        ([7, 5, 7], [1, 2, 3, 4, 5], "5 in 1, 7 in 2 of them); all have the first 5"),
+        ([3, 1, 3], None, "1 in 1, 3 in 2 of them); grey images are read as three equal bands"),
+        ([3, 3, 3], [1, 2, 3], None),
+    ],
+)
+def test_bands_are_those_of_several_images(num_bands, bands, fact) -> None:
+    Path("scenes").mkdir()
+    for number, each in enumerate(num_bands):
+        write_scene(f"scenes/s{number}.tif", num_bands=each, seed=number)
+    rows = ["image,xmin,ymin,xmax,ymax,label", *(f"s{number}.tif,10,10,40,40,ship" for number in range(3))]
+    Path("boxes.csv").write_text("\n".join(rows))
+    made = perf_vit.init("detection", "scenes", "boxes.csv", out="d.yaml", progress=False)
+    assert config_of(made.path)["data"].get("bands") == bands
+    assert [line for line in made.facts if line.startswith("bands")] == [] if fact is None else fact in str(made.facts)
+
+
+def test_images_are_opened_once_and_large_data_is_sampled(monkeypatch, capsys) -> None:
+    opened: list[str] = []
+    monkeypatch.setattr(
+        segmentation, "open_input", lambda image, options: opened.append(str(image)) or open_input(image, options)
+    )
+    write_images("images", 5, (64, 64))
+    Path("masks").mkdir()
+    for number in range(5):
+        Image.fromarray(np.pad(np.ones((20, 64), np.uint8), ((0, 44), (0, 0)))).save(f"masks/{number}.png")
+    made = perf_vit.init("segmentation", "images", "masks", out="a.yaml")
+    assert len(opened) == len(set(opened)) == 5
+    assert "labelled pixels of the training part:" in made.facts
+    assert "opening the images" in capsys.readouterr().err
+    monkeypatch.setattr(scene, "_MOST_WINDOWS", 2)
+    made = perf_vit.init("segmentation", "images", "masks", out="b.yaml", progress=False)
+    assert "labelled pixels of 2 of 4 windows of the training part, drawn at random:" in made.facts
+    assert config_of(made.path)["data"]["sampler"] == "random"
 
 
 def test_slides_with_classes() -> None:

@@ -87,11 +87,14 @@ class Files:
             return self.first_image
         roots = [image_root(image) for image in self.images]
         try:
-            common = Path(os.path.commonpath(roots))
+            common = Path(os.path.commonpath([os.path.abspath(root) for root in roots]))
         except ValueError:
             return self.first_image
-        is_above = all(".." not in root.parts for root in roots)
-        return common.as_posix() if is_above and common != Path(common.anchor or "/") else self.first_image
+        if common == Path(common.anchor):
+            return self.first_image
+        return (
+            common.as_posix() if any(root.is_absolute() for root in roots) else Path(os.path.relpath(common)).as_posix()
+        )
 
     def name(self, path: str) -> str:
         """Return the name of an image in lists: relative to the folder of images, or its path if there are several."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +27,14 @@ from perf_vit.workflows.first_config.draft import (
     shares_fact,
     tile_size,
 )
-from perf_vit.workflows.progress import working
+from perf_vit.workflows.progress import windows_progress, working
 
 __all__ = ["draft_detection"]
 
 # Ratio of the numbers of objects of two classes above which tiles are drawn by class.
 _IMBALANCE = 5
 _LARGEST_TILE_PX = 640
+_IMAGES_LOOKED_AT = 64
 _HEADS = {"instances": "mask_rcnn", "dota": "oriented_fcos"}
 
 
@@ -51,9 +53,10 @@ def draft_detection(files: Files) -> Draft:
         raise InputError(f"{labels} has no objects to learn from; check the labels")
     with open_source(index.records[0].path) as source:
         augment = augmentation_for(source)
-        bands = list(range(1, source.num_bands + 1)), source.band_names
-        has_crs = source.crs is not None
+        names, has_crs = source.band_names, source.crs is not None
         facts = [f"images  {len(index)}, the first {image_fact(source)}"]
+    bands, differ = _common_bands([record.path for record in index])
+    facts += [differ] if differ else []
     sides = _object_sides(index)
     small, middle, large = (float(value) for value in np.percentile(sides, [10, 50, 90]))
     sizes = f"sides of {small:.0f}, {middle:.0f} and {large:.0f} px (10th, 50th and 90th percentile)"
@@ -63,8 +66,8 @@ def draft_detection(files: Files) -> Draft:
     values |= {"data.train.labels": labels, "data.train.label_format": label_format}
     draft = Draft(values=values, facts=facts)
     scored = _set_apart(files, draft, index, label_format)
-    values |= {"data.classes": list(index.classes), "data.bands": bands[0], "data.mean": None, "data.std": None}
-    draft.notes |= bands_note(bands[1])
+    values |= {"data.classes": list(index.classes), "data.bands": bands, "data.mean": None, "data.std": None}
+    draft.notes |= bands_note(names)
     if files.attribute is not None:
         values["data.attribute"] = files.attribute
     _choose_tiles(draft, index, large)
@@ -76,6 +79,24 @@ def draft_detection(files: Files) -> Draft:
     draft.predict = ["--input", _first_scored(files, index, draft)]
     draft.predict += ["--output", f"{files.run}/objects.{'gpkg' if has_crs else 'geojson'}"]
     return draft
+
+
+def _common_bands(paths: Sequence[str]) -> tuple[list[int] | None, str | None]:
+    """Return the bands that a sample of the images has, None for those of each image, and a line if they differ."""
+    order = np.random.default_rng(0).permutation(len(paths))[:_IMAGES_LOOKED_AT].tolist()
+    with windows_progress("looking at the bands", "images") as on_image:
+        counts: Counter[int] = Counter()
+        for done, place in enumerate(order, 1):
+            with open_source(paths[place]) as source:
+                counts[source.num_bands] += 1
+            on_image(done, len(order))
+    if len(counts) == 1:
+        return list(range(1, min(counts) + 1)), None
+    listed = ", ".join(f"{num} in {images}" for num, images in sorted(counts.items()))
+    differ = f"bands   their number differs among {len(order)} images looked at ({listed} of them)"
+    if set(counts) == {1, 3}:
+        return None, f"{differ}; grey images are read as three equal bands"
+    return list(range(1, min(counts) + 1)), f"{differ}; all have the first {min(counts)}"
 
 
 def _read(files: Files, labels: str, label_format: str) -> ObjectIndex:
@@ -212,7 +233,7 @@ def _choose_model(draft: Draft, label_format: str, small: float, large: float) -
 def _measure(draft: Draft) -> None:
     """Open the data as training does, and write down the statistics of the bands."""
     oriented = draft.values["model.head"] == "oriented_fcos"
-    with data_values(draft) as data:
+    with data_values(draft) as data, working("opening the images"):
         measured = build_detection_datamodule(build_config(DetectionDataConfig, data), 0, oriented=oriented).normalizer
     draft.values |= {"data.mean": rounded(measured.mean), "data.std": rounded(measured.std)}
     draft.notes["data.mean"] = "Measured on the training images; those of the pretraining suit a pretrained backbone."

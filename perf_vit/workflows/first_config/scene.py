@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from perf_vit.config import build_config
 from perf_vit.data import SegmentationDataConfig, build_segmentation_datamodule, count_class_pixels
+from perf_vit.data.class_pixels import count_labelled_pixels, num_windows
 from perf_vit.data.segmentation import open_labelled
 from perf_vit.data.segmentation_tiles import LabelledSource
 from perf_vit.errors import InputError
@@ -39,7 +40,7 @@ from perf_vit.workflows.first_config.draft import (
     shares_fact,
     tile_size,
 )
-from perf_vit.workflows.progress import working
+from perf_vit.workflows.progress import windows_progress
 
 __all__ = ["draft_segmentation"]
 
@@ -49,6 +50,8 @@ _CLASS_COLUMNS = ("classification", "class", "class_name", "label", "category", 
 _MOST_CLASSES = 50
 _MOST_FILES = 64
 _WINDOW_PX = 1024
+# Windows of labels in which the pixels of the classes are counted; a folder has one or more for each image.
+_MOST_WINDOWS = 4000
 _NOT_NOUNS = {"mask", "masks", "label", "labels", "gt", "truth", "annotations", "polygons", "train", "val"}
 # Classes below this share of the labelled pixels are drawn as often as the others.
 _RARE = 0.05
@@ -91,14 +94,19 @@ def draft_segmentation(files: Files) -> Draft:
     if mpp is not None:
         values |= {"data.mpp": mpp, "data.tissue": "auto"}
     draft = Draft(values=values, facts=[*facts, f"labels  {classes.fact}"], notes=notes)
-    with working("counting the pixels of the classes"):
-        counts, sides, area = _split(files, draft, is_folder=is_folder)
+    train, val, counts = _split(files, draft, is_folder=is_folder)
     names = classes.keys["data.classes"]
-    draft.facts += ["labelled pixels of the training part:", *shares_fact(names, counts, "px")]
+    if counts is None:
+        counts = _counted(draft, train, len(names))
+    else:
+        draft.facts.append("labelled pixels of the training part:")
+    draft.facts += shares_fact(names, counts, "px")
+    sides = min(one.region.height for one in train), min(one.region.width for one in train)
+    area = sum(one.region.height * one.region.width for one in train)
     _choose_tiles(draft, tile_size(sides, 16, 256 if coarse or area < 4e6 else 512), area)
     _choose_sampler(draft, names, counts)
     draft.values["data.augment"] = augment
-    _measure(draft)
+    _measure(draft, train, val)
     _choose_model(draft, coarse=coarse)
     _name_outputs(files, draft, is_folder=is_folder, is_slide=slide)
     return draft
@@ -264,27 +272,40 @@ def _mask_values(path: str) -> Counter[float]:
     return found
 
 
-def _split(files: Files, draft: Draft, *, is_folder: bool) -> tuple[list[int], tuple[int, int], int]:
-    """Set validation data apart; return the pixels of each class, the sides of the smallest region and all pixels."""
+def _split(
+    files: Files, draft: Draft, *, is_folder: bool
+) -> tuple[list[LabelledSource], list[LabelledSource], list[int] | None]:
+    """Open images and labels once, and set validation data apart; the pixels of each class are known for one scene."""
     config = build_config(SegmentationDataConfig, nested(draft.values, "data"))
-    whole = open_labelled(config, config.train, "data.train", train=False)
-    num_classes = len(config.classes)
-    if files.val_image is None and is_folder:
+    with windows_progress("opening the images", "images") as on_image:
+        whole = open_labelled(config, config.train, "data.train", train=False, on_image=on_image)
+        if files.val_image is not None:
+            return whole, open_labelled(config, config.val, "data.val", train=False, on_image=on_image), None
+    if is_folder:
         paths = [str(one.source.path) for one in whole]
         num_val = max(1, len(paths) // 4)
         if num_val == len(paths):
             raise InputError(f"{files.image} has one image, expected two or more; give images to validate on, too")
         draft.values |= {"data.train.image": paths[:-num_val], "data.val.image": paths[-num_val:]}
         draft.notes["data.val.image"] = "The last quarter of the images, by name."
-        whole = whole[:-num_val]
-    if files.val_image is None and not is_folder:
-        train, val, counts = _regions(whole[0], num_classes)
-        draft.values = _with_regions(draft.values, train, val)
-        draft.notes["data.val.region"] = "[row, col, height, width] in pixels: the quarter with most classes."
-        return counts, (train.height, train.width), train.height * train.width
-    counts = count_class_pixels(whole, num_classes)
-    sides = min(one.region.height for one in whole), min(one.region.width for one in whole)
-    return counts, sides, sum(one.region.height * one.region.width for one in whole)
+        return whole[:-num_val], whole[-num_val:], None
+    train, val, counts = _regions(whole[0], len(config.classes))
+    draft.values = _with_regions(draft.values, train, val)
+    draft.notes["data.val.region"] = "[row, col, height, width] in pixels: the quarter with most classes."
+    return [replace(whole[0], region=train)], [replace(whole[0], region=val)], counts
+
+
+def _counted(draft: Draft, train: Sequence[LabelledSource], num_classes: int) -> list[int]:
+    """Count the pixels of each class, in large data in a part of the windows."""
+    total, place = num_windows(train), "the training part"
+    with windows_progress("counting the pixels of the classes") as on_window:
+        if total <= _MOST_WINDOWS:
+            counts = count_class_pixels(train, num_classes, max_windows=_MOST_WINDOWS, on_window=on_window)
+        else:
+            place = f"{_MOST_WINDOWS:,} of {total:,} windows of {place}, drawn at random"
+            counts, _ = count_labelled_pixels(train, num_classes, max_windows=_MOST_WINDOWS, on_window=on_window)
+    draft.facts.append(f"labelled pixels of {place}:")
+    return counts
 
 
 def _with_regions(values: dict[str, Any], train: Window, val: Window) -> dict[str, Any]:
@@ -304,8 +325,9 @@ def _regions(whole: LabelledSource, num_classes: int) -> tuple[Window, Window, l
     extent = whole.region
     rows, cols = (np.linspace(0, side, 5).astype(int).tolist() for side in (extent.height, extent.width))
     counts = np.zeros((4, 4, num_classes), np.int64)
-    for row in range(4):
-        for col in range(4):
+    with windows_progress("counting the pixels of the classes", "parts") as on_part:
+        for row, col in np.ndindex(4, 4):
+            on_part(4 * row + col, 16)
             size = rows[row + 1] - rows[row], cols[col + 1] - cols[col]
             cell = Window(extent.row + rows[row], extent.col + cols[col], *size)
             counts[row, col] = count_class_pixels([replace(whole, region=cell)], num_classes)
@@ -350,10 +372,11 @@ def _choose_sampler(draft: Draft, names: Iterable[str], counts: list[int]) -> No
     )
 
 
-def _measure(draft: Draft) -> None:
-    """Open the data as training does, and write down the statistics of the bands."""
-    data = {**nested(draft.values, "data"), "sampler": "random"}
-    measured = build_segmentation_datamodule(build_config(SegmentationDataConfig, data), 0).normalizer
+def _measure(draft: Draft, train: list[LabelledSource], val: list[LabelledSource]) -> None:
+    """Check the data as training does, and write down the statistics of the bands."""
+    config = build_config(SegmentationDataConfig, {**nested(draft.values, "data"), "sampler": "random"})
+    with windows_progress("looking for labelled pixels") as on_window:
+        measured = build_segmentation_datamodule(config, 0, on_window, opened=(train, val)).normalizer
     statistics = {"data.mean": rounded(measured.mean), "data.std": rounded(measured.std)}
     draft.notes["data.mean"] = "Measured on the training part; those of the pretraining suit a pretrained backbone."
     place = list(draft.values).index("data.bands") + 1
