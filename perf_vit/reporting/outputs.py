@@ -20,14 +20,14 @@ from PIL import Image
 from perf_vit.errors import InputError
 from perf_vit.geometry import Objects
 from perf_vit.plotting import colorize, default_colormap, save_figure
-from perf_vit.plotting.colors import shown_classes, true_classes
+from perf_vit.plotting.colors import shown_classes, shown_index, true_classes
 from perf_vit.plotting.pictures import Picture, figure_name, has_tissue, tissue_picture
 from perf_vit.reporting.page import Page, Row, Settings, TextTable, figure_of, hex_color
 from perf_vit.reporting.preview import Preview, picture_layer, pixel_size, read_picture, shape_layer
 from perf_vit.reporting.samples import Sample, class_legend, imagery, sample_rows
 from perf_vit.sources import open_source
 from perf_vit.sources.pixel_size import pixel_area_grid, pixel_areas, polygon_areas
-from perf_vit.types import GeoImage, LabelArray, Source
+from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray, Source
 
 __all__ = [
     "NAMES_SEPARATOR",
@@ -131,6 +131,7 @@ def write_map_report(
 
         labels = read_picture(result, draw)[..., 0]
     over = {**colors, **({} if clear is None else {clear: (0, 0, 0, 0)})}
+    in_legend = {index: colors[int(shown_index(index, int(multilabel)))] for index in range(len(names))}
     page = Page(title=Path(source.path).name, subtitle=f"Map of {_listed(classes)}: {map_path}", kind=_MAP)
     seen = _seen(source)
     layers = [] if seen is None else [picture_layer("image", seen)]
@@ -142,11 +143,9 @@ def write_map_report(
         "Map",
         Preview(size=source.size, layers=layers, pixel_size=pixel_size(source)),
         text="Drag to move, scroll to zoom.",
-        legend=class_legend(names, colors),
+        legend=class_legend(names, in_legend),
     )
-    page.add(
-        "Classes", _areas(sum(blocks), names, source, {name: hex_color(colors[i]) for i, name in enumerate(names)})
-    )
+    page.add("Classes", _areas(sum(blocks), names, source, {n: hex_color(in_legend[i]) for i, n in enumerate(names)}))
     _add_tissue(page, source)
     page.add("Settings", Settings.of_values("Model and options", settings))
     page.write(path)
@@ -184,7 +183,10 @@ def _length(source: Source) -> str:
 def _class_areas(image: GeoImage, shown: LabelArray, num: int, scale: float | None) -> npt.NDArray[np.float64]:
     """Area of each class, of valid pixels and of all; with the scale of a multi-label map, classes overlap."""
     each, _ = pixel_area_grid(image)
-    areas = np.bincount(shown.ravel(), each.ravel(), minlength=256)[:num]
+    if scale is None and num > IGNORE_INDEX:
+        # Classes share colours.
+        shown = np.where(image.valid, np.nan_to_num(image.pixels, nan=-1).argmax(0), num)
+    areas = np.bincount(shown.ravel(), each.ravel(), minlength=max(256, num))[:num]
     if scale is not None:
         areas[1:] = (true_classes(image, scale) * each).sum((1, 2))
     return np.array([*areas, each[image.valid].sum(), each.sum()])

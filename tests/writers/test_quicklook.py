@@ -1,9 +1,12 @@
+import re
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from perf_vit.errors import InputError, OutputError
 from perf_vit.plotting import colorize, default_colormap, rgb_from, save_png
+from perf_vit.reporting.outputs import write_map_report
 from perf_vit.sources import open_source
 from perf_vit.types import IGNORE_INDEX, GeoImage
 from perf_vit.writers import CogWriter, RasterLayout, write_map_quicklook
@@ -106,6 +109,28 @@ def test_a_quicklook_of_several_labels_shows_where_none_is_true(make_scene, tmp_
     assert built == pytest.approx(2 * none, rel=0.1)
     # A patch of the legend.
     assert 0 < wet < none / 10
+
+
+@pytest.mark.parametrize(("multilabel", "colors"), [(False, [3, 15]), (True, [4, 17])])
+def test_pictures_of_more_classes_than_colours(make_scene, tmp_path, multilabel: bool, colors: list[int]) -> None:
+    source = open_source(make_scene(height=40, width=40))
+    scores = np.zeros((300, 40, 40), np.float32)
+    scores[3, :10] = 0.8
+    # Where other numbers than these wrap around 256, it would be class 14.
+    scores[270, 10:] = 0.9
+    probabilities = make_scene(pixels=scores, nodata=None)
+    names = [f"class {number}" for number in range(300)]
+    write_map_quicklook(source, probabilities, tmp_path / "p.png", names, multilabel=multilabel)
+    picture = np.asarray(Image.open(tmp_path / "p.png"))[:512]
+    table = default_colormap(301, 0 if multilabel else None)
+    shares = [(picture == table[index][:3]).all(-1).mean() for index in colors]
+    assert shares[1] == pytest.approx(3 * shares[0], rel=0.1)
+    assert shares[0] > 0.05
+    write_map_report(
+        tmp_path / "p.html", source, probabilities, names, multilabel=multilabel, settings={"window_size": 64}
+    )
+    areas = dict(re.findall(r"class (\d+)<.{0,60}?>(\d\.\d{3})<", (tmp_path / "p.html").read_text(), re.DOTALL))
+    assert (areas["3"], areas["270"], areas["14"]) == ("0.250", "0.750", "0.000")
 
 
 @pytest.mark.parametrize("bands", [[1, 2], [4], [0, 1, 2]])
