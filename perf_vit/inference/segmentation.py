@@ -17,8 +17,8 @@ from perf_vit.inference.dense import Strip, StripMaker, predict_strips
 from perf_vit.inference.dense_output import DenseOutput, StripWriter, class_output
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import DamagedPiece, JobResult, MapJob
-from perf_vit.inference.jobs.beside import PolygonRecord
-from perf_vit.inference.jobs.journal import DamageLog, SeamLog, open_journal
+from perf_vit.inference.jobs.beside import PolygonRecord, warn_of_style
+from perf_vit.inference.jobs.journal import DamageLog, SeamLog, has_partial_folder, open_journal
 from perf_vit.inference.map_line import MapLine
 from perf_vit.inference.options import SegmentationPredictOptions
 from perf_vit.inference.predictor import (
@@ -354,6 +354,8 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
 
     def write_beside(self, job: MapJob, *, made: bool, damaged: bool) -> None:
         """Write the files next to a map that are asked for; of a map that was there those that it lacks."""
+        if made and job.out.with_suffix(".qml").exists():
+            warn_of_style(job.out, job.beside)
         missing = {path.suffix for path in job.beside if made or job.lacks(path)}
         if ".png" in missing:
             self._write_quicklook(job, job.out.with_suffix(".png"), damaged=damaged)
@@ -400,20 +402,21 @@ class SegmentationPredictor(InputPredictor[Segmenter, SegmentationPredictOptions
         """Write the areas of the classes, but of a declared background, unless they are there as they are asked for."""
         tidying = self.options.tidying
         record = PolygonRecord(path, tidying, job.out)
-        if is_there and record.is_done():
+        if is_there and record.is_done() and not has_partial_folder(path):
             return
         # Alone: another process may write them tidied otherwise, and file and record belong together.
-        with open_journal(path):
+        with open_journal(path) as journal:
             if is_there and record.is_done():
                 return
+            journal.begin(record.identity, resume=False)
             spec, background = self.model.spec, self.model.spec.background_index
             polygons, labels = polygonize_classes(job.out, skip=() if background is None else (background,))
             polygons, kept = tidy_polygons(polygons, job.source, **tidying)
-            write_objects(
-                path, polygons[kept], None, labels[kept], spec.classes, source=job.source, object_type="annotation",
-                background=background,
+            made = write_objects(
+                journal.folder / path.name, polygons[kept], None, labels[kept], spec.classes, source=job.source,
+                object_type="annotation", background=background,
             )  # fmt: skip
-            record.keep()
+            record.put(journal, made)
 
 
 register_predictor("segmentation", SegmentationPredictor, SegmentationPredictOptions)

@@ -6,10 +6,13 @@ from pathlib import Path
 import pytest
 from stub_segmenter import StubSegmenter
 
-from perf_vit.errors import OutputError
+from perf_vit.errors import DataWarning, OutputError
+from perf_vit.files import put_in_place
 from perf_vit.inference import DetectionPredictOptions, SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.inference.detection import ObjectJob
+from perf_vit.plotting import default_colormap
 from perf_vit.sources import open_source
+from perf_vit.writers import write_qgis_style
 
 
 class Inverted(StubSegmenter):
@@ -79,6 +82,50 @@ def test_metadata_of_a_map_that_is_gone_are_not_attached_to_another(predict, tmp
         predict(StubSegmenter("b"), kind="probabilities")
 
 
+def test_the_style_of_a_map_that_is_gone_is_not_applied_to_another(predict, tmp_path) -> None:
+    predict(StubSegmenter("a"))
+    for name in ("map.tif", "map.tif.aux.xml"):
+        (tmp_path / name).unlink()
+    with pytest.raises(OutputError, match=r"map\.qml exists already"):
+        predict(StubSegmenter("b"), style=False)
+    assert predict(StubSegmenter("b"), style=False, overwrite=True).keys() == {"map.tif"}
+
+
+def test_a_style_of_somebody_else_stays_with_a_warning(predict, tmp_path) -> None:
+    (tmp_path / "map.qml").write_text("mine")
+    with pytest.warns(DataWarning, match=r"map\.qml is not of map\.tif and stays; QGIS applies it"):
+        assert predict(StubSegmenter("a"), style=False)["map.qml"] == b"mine"
+
+
+class KilledError(BaseException):
+    pass
+
+
+@pytest.mark.parametrize("place", ["the record", "the polygons"])
+def test_polygons_and_their_record_are_one_step(predict, tmp_path, monkeypatch, place) -> None:
+    """After a process that ended between the two, the same command goes on; polygons tidied otherwise were there."""
+    whole = predict(StubSegmenter("a"), polygons="geojson", min_area=0)
+    tidied = predict(StubSegmenter("a"), polygons="geojson", min_area=40)
+    assert whole != tidied
+
+    def kill(*given) -> None:
+        if place == "the record" or Path(given[1]).suffix == ".geojson":
+            raise KilledError
+        put_in_place(*given)
+
+    names = {
+        "the record": "perf_vit.inference.jobs.beside.OutputRecord.write",
+        "the polygons": "perf_vit.inference.jobs.journal.put_in_place",
+    }
+    with monkeypatch.context() as patch, pytest.raises(KilledError):
+        patch.setattr(names[place], kill)
+        # What a process that is killed leaves, and an exception doesn't.
+        patch.setattr("perf_vit.inference.jobs.journal._remove", lambda folder: None)
+        predict(StubSegmenter("a"), polygons="geojson", min_area=0)
+    assert predict(StubSegmenter("a"), polygons="geojson", min_area=0) == whole
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_a_style_and_metadata_that_others_changed_stay(predict, tmp_path) -> None:
     found = predict(StubSegmenter("a"))
     changed = {
@@ -90,6 +137,15 @@ def test_a_style_and_metadata_that_others_changed_stay(predict, tmp_path) -> Non
         (tmp_path / name).write_bytes(content)
         os.utime(tmp_path / name, (0, 0))
     assert predict(StubSegmenter("a")) == found | changed
+
+
+def test_the_style_of_objects_that_are_gone_is_not_applied_to_others(scene, tmp_path) -> None:
+    write_qgis_style(tmp_path / "found.qml", ["a"], default_colormap(1))
+    with open_source(scene) as source:
+        given = {"source": source, "out": tmp_path / "found.gpkg", "settings": {}, "meaning": {}}
+        with pytest.raises(OutputError, match=r"found\.qml exists already"):
+            ObjectJob(**given, options=DetectionPredictOptions(style=False)).check()
+        assert not ObjectJob(**given, options=DetectionPredictOptions(style=False, overwrite=True)).check()
 
 
 @pytest.mark.parametrize("is_edited", [False, True])

@@ -2,23 +2,66 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
+from perf_vit.errors import DataWarning
 from perf_vit.inference.jobs.identity import OutputRecord
+from perf_vit.inference.jobs.journal import Journal
 from perf_vit.reporting.outputs import is_map_report
 from perf_vit.sources import fingerprint
 from perf_vit.sources.files import is_own
 from perf_vit.writers import category_names_path, existing_error, is_own_style
 
-__all__ = ["PolygonRecord", "attached_files", "is_to_be_made"]
+__all__ = [
+    "PolygonRecord",
+    "attached_files",
+    "attached_style",
+    "discard_style",
+    "has_style",
+    "is_to_be_made",
+    "warn_of_style",
+]
 
 
 def attached_files(out: Path) -> list[Path]:
     """Files of an earlier map that GDAL and QGIS would take for those of a new one, asked for or not."""
+    return [*attached_style(out), category_names_path(out)]
+
+
+def attached_style(out: Path) -> list[Path]:
+    """The style that perf_vit made of an earlier output, and QGIS would apply to a new one; empty without one."""
     style = out.with_suffix(".qml")
-    return [*([style] if is_own_style(style) else []), category_names_path(out)]
+    return [style] if is_own_style(style) else []
+
+
+def has_style(out: Path, record: OutputRecord) -> bool:
+    """Whether the style there is the one that is recorded of the outputs before."""
+    style, before = out.with_suffix(".qml"), record.read()
+    return before is not None and style.exists() and record.holds(style, before)
+
+
+def discard_style(journal: Journal, record: OutputRecord, made: Collection[Path], *, overwrite: bool) -> None:
+    """Remove the style of the outputs before, if new ones have none: QGIS finds it by its name."""
+    out = journal.path
+    is_ours = has_style(out, record) or (overwrite and record.read() is None and bool(attached_style(out)))
+    if out.with_suffix(".qml") not in made and is_ours:
+        journal.discard(out.with_suffix(".qml"))
+    warn_of_style(out, made)
+
+
+def warn_of_style(out: Path, written: Collection[Path]) -> None:
+    """Warn of a style of somebody else's, which stays and which QGIS applies to a new output.
+
+    Args:
+        out: The output.
+        written: Files that are made with it, of which the style may be one.
+    """
+    style = out.with_suffix(".qml")
+    if style.exists() and style not in written:
+        warnings.warn(f"{style} is not of {out.name} and stays; QGIS applies it", DataWarning, stacklevel=2)
 
 
 def is_to_be_made(path: Path, map_path: Path) -> bool:
@@ -74,17 +117,29 @@ class PolygonRecord:
         if not self._polygons.exists():
             return False
         content = self._record.read()
-        if content is not None and content["identity"] == self._identity:
+        if content is not None and content["identity"] == self.identity:
             return True
         if content is None or not self._record.holds(self._polygons, content):
             reason = ", but of another map, tidied otherwise, or changed since it was made"
             raise existing_error(self._polygons, reason)
         return False
 
-    def keep(self) -> None:
-        """Note what the polygons were made of, once they are written."""
-        self._record.write(self._identity, {self._polygons: self._polygons}, 0)
+    def put(self, journal: Journal, made: Path) -> None:
+        """Put finished polygons under their name, after the record: neither is there without the other for long.
+
+        Args:
+            journal: Journal of the polygons.
+            made: The finished file.
+
+        Raises:
+            OutputError: Nothing can be written there.
+        """
+        # A process that ends here leaves no polygons, which the next one makes again.
+        journal.discard(self._polygons)
+        self._record.write(self.identity, {self._polygons: made}, 0)
+        journal.move(made, self._polygons)
 
     @property
-    def _identity(self) -> dict[str, Any]:
+    def identity(self) -> dict[str, Any]:
+        """Plain values that decide what the polygons are."""
         return {**self._tidying, "map": fingerprint([self._map])}

@@ -16,7 +16,7 @@ import torch
 from perf_vit._version import __version__
 from perf_vit.errors import OutputError
 from perf_vit.inference.dense_output import DenseOutput
-from perf_vit.inference.jobs.beside import attached_files, is_to_be_made
+from perf_vit.inference.jobs.beside import attached_files, attached_style, discard_style, has_style, is_to_be_made
 from perf_vit.inference.jobs.identity import OutputRecord, SourceIdentity
 from perf_vit.inference.jobs.journal import (
     MADE_MAP,
@@ -257,17 +257,16 @@ class RecordedJob(Job):
             OutputError: Nothing can be written there.
         """
         files = {out: file if file.exists() else out for out, file in made.items()}
-        self._discard_style(journal, made)
+        discard_style(journal, self._record, made, overwrite=self.options.overwrite)
         self._record.write(self.identity, files, num_damaged)
         for out, file in sorted(files.items(), key=lambda pair: pair[0] == self.out):
             if file != out:
                 journal.move(file, out)
 
-    def _discard_style(self, journal: Journal, made: Mapping[Path, Path]) -> None:
-        """Remove the style that is recorded of the outputs before, if these have none: QGIS finds it by its name."""
-        style, before = self.out.with_suffix(".qml"), self._record.read()
-        if style not in made and before is not None and style.exists() and self._record.holds(style, before):
-            journal.discard(style)
+    def found(self) -> list[Path]:
+        """Outputs that exist; where the main one is missing, also a style without a record, which QGIS would apply."""
+        stray = [] if self.out.exists() or has_style(self.out, self._record) else attached_style(self.out)
+        return existing_outputs(dict.fromkeys([self.out, *self.beside, *stray]))
 
 
 _VERSION_TAG = "PERF_VIT_VERSION"
@@ -373,8 +372,9 @@ class MapJob(Job):
         raise self._other(found[0], f"{other}pixels" if found[0] == self.out else "")
 
     def found(self) -> list[Path]:
-        """Outputs that exist, and metadata that GDAL would take for those of the map, asked for or not."""
-        return existing_outputs(dict.fromkeys([self.out, *self.beside, category_names_path(self.out)]))
+        """Outputs that exist, and files that GDAL and QGIS would take for those of the map, asked for or not."""
+        style = attached_style(self.out) if self.out.with_suffix(".qml").exists() else []
+        return existing_outputs(dict.fromkeys([self.out, *self.beside, category_names_path(self.out), *style]))
 
     def lacks(self, beside: Path) -> bool:
         """Whether a file next to the map that is there is missing, or of an earlier map."""
