@@ -7,6 +7,7 @@ import json
 import os
 import zipfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from perf_vit.finite import check_finite
 from perf_vit.labels.tables import CsvRow, class_index, read_csv_rows
 from perf_vit.models import SlideFeatures
 from perf_vit.plotting import save_png
-from perf_vit.sources import NamedImages, image_name, slide_members
+from perf_vit.sources import NamedImages, fingerprint, image_name, slide_members
 from perf_vit.types import Window
 
 __all__ = [
@@ -47,9 +48,9 @@ class EmbeddingStore:
     """Folder of `.npz` files with the features of slides for one encoder; each file is complete or absent.
 
     File names contain a hash of the encoder, the window options and the slide: the names, sizes and modification times
-    of all its files, such as the chunks of a Zarr, the data folder of MIRAX or the files of a DICOM series. So features
-    of another encoder, option or slide version are never returned. A store looks again at the files of a slide when its
-    main file or folder changes.
+    of all its files, such as the chunks of a Zarr, the data folder of MIRAX or the files of a DICOM series, and pieces
+    of their content. So features of another encoder, option, slide or slide version are never returned. A store looks
+    again at the files of a slide when its main file or folder changes.
 
     Of slides that are read with tissue, a picture of the same name, `.png`, shows the outline.
 
@@ -134,7 +135,11 @@ def _identity(slide: str) -> list[Any]:
     # URLs have no files.
     root = slide if os.path.isdir(slide) else os.path.dirname(slide)
     stats = [(os.path.relpath(member, root), os.stat(member)) for member in members]
-    return [Path(slide).name if members else slide, *([n, s.st_size, s.st_mtime_ns] for n, s in stats)]
+    content = ""
+    # A file that can't be read has no features; reading it says why.
+    with suppress(OSError):
+        content = fingerprint([slide] if os.path.isdir(slide) else members)
+    return [Path(slide).name if members else slide, content, *([n, s.st_size, s.st_mtime_ns] for n, s in stats)]
 
 
 def _check_features(slide: str, features: FloatArray, windows: Sequence[Window], hint: str | None = None) -> None:

@@ -112,6 +112,10 @@ class Segmenter(nn.Module):
         return self
 
 
+# Settings of timm's modules that have no parameters and aren't part of their text.
+_UNPRINTED = ("global_pool", "num_heads", "pool_include_prefix", "rotate_half", "shift_size", "window_size")
+
+
 def network_id(model: nn.Module, meaning: Mapping[str, Any]) -> str:
     """Return a hash of 12 hex digits of a network's architecture, weights and meaning.
 
@@ -120,8 +124,10 @@ def network_id(model: nn.Module, meaning: Mapping[str, Any]) -> str:
         meaning: Plain values that determine the meaning of its output.
     """
     digest = hashlib.sha256(json.dumps(meaning, sort_keys=True).encode())
-    # Options without parameters are part of the text; projections are non-persistent buffers.
+    # Most options without parameters are part of the text; projections are non-persistent buffers.
     digest.update(str(model).encode())
+    settings = [str(getattr(module, name, None)) for module in model.modules() for name in _UNPRINTED]
+    digest.update(json.dumps(settings).encode())
     for name, value in itertools.chain(model.named_parameters(), model.named_buffers()):
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -108,6 +108,16 @@ def test_features_are_of_one_encoder_one_set_of_windows_and_one_state_of_the_sli
         store.read(slide)
 
 
+def test_slides_of_one_name_size_and_time_have_features_of_their_own(slides, store, tmp_path) -> None:
+    given = Path(slides.paths[0])
+    for folder, content in (("other", b"sl1de"), ("copy", given.read_bytes())):
+        path = tmp_path / folder / given.name
+        path.parent.mkdir()
+        path.write_bytes(content)
+        os.utime(path, ns=(given.stat().st_atime_ns, given.stat().st_mtime_ns))
+        assert store.has(str(path)) is (folder == "copy")
+
+
 def test_a_failed_write_leaves_nothing(slides, tmp_path, monkeypatch) -> None:
     store = EmbeddingStore(tmp_path / "features", "abc", {})
 

@@ -264,6 +264,24 @@ def test_the_encoder_is_never_trained_and_its_id_is_of_its_weights() -> None:
     assert model.encoder_id() != before
 
 
+def test_the_id_of_an_encoder_is_also_that_of_settings_without_weights() -> None:
+    small = {"depth": 1, "embed_dim": 64, "num_heads": 2}
+    choices = [
+        {},
+        *({"pool": pool} for pool in ("avg", "max", "avgmax")),
+        {"backbone_kwargs": small | {"num_heads": 4}},
+        {"backbone_kwargs": small | {"pool_include_prefix": True}, "pool": "avg"},
+    ]
+
+    def id_of(options: dict) -> str:
+        torch.manual_seed(0)
+        given = {"backbone": "vit_tiny_patch16_224", "backbone_kwargs": small}
+        return make_slide_classifier(**(given | options)).encoder_id()
+
+    assert len({id_of(options) for options in choices}) == len(choices)
+    assert id_of({"pool": "token"}) == id_of({}), "token is the ViT's own pooling"
+
+
 def test_a_pool_with_weights_is_no_pool_of_an_encoder() -> None:
     with pytest.raises(ConfigError, match="use token or avg"):
         make_slide_classifier(pool="map")
