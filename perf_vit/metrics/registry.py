@@ -24,7 +24,10 @@ METRICS: Registry[MakeMetric] = Registry("metric")
 
 # Names that tasks log themselves.
 _BUILT_IN = frozenset(
-    {"accuracy", "ap", "ap50", "ap75", "auroc", "f1", "iou", "log_likelihood", "loss", "mae", "r2", "recall", "rmse"}
+    {
+        *("accuracy", "ap", "ap50", "ap75", "auroc", "f1", "iou", "log_likelihood", "loss", "mae", "negative_loss"),
+        *("r2", "recall", "rmse"),
+    }
 )
 
 

@@ -6,6 +6,7 @@ with extra("train", __name__):
     from perf_vit.tasks.classification import (
         CLASSIFICATION_CURVES,
         CLASSIFICATION_MONITOR,
+        LOSS_MONITOR,
         REGRESSION_CURVES,
         REGRESSION_MONITOR,
         ClassificationTask,
@@ -36,6 +37,7 @@ __all__ = [
     "CLASSIFICATION_MONITOR",
     "DETECTION_CURVES",
     "DETECTION_MONITOR",
+    "LOSS_MONITOR",
     "REGRESSION_CURVES",
     "REGRESSION_MONITOR",
     "SLIDE_CURVES",

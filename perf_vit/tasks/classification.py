@@ -28,6 +28,7 @@ from perf_vit.tasks.optim import ClassificationOptimConfig, TrainingTask, check_
 __all__ = [
     "CLASSIFICATION_CURVES",
     "CLASSIFICATION_MONITOR",
+    "LOSS_MONITOR",
     "REGRESSION_CURVES",
     "REGRESSION_MONITOR",
     "ClassificationTask",
@@ -38,6 +39,9 @@ CLASSIFICATION_MONITOR = "val/f1"
 """Metric that selects the best checkpoint; rare classes count as much as frequent ones."""
 
 REGRESSION_MONITOR = "val/r2"
+
+LOSS_MONITOR = "val/negative_loss"
+"""Metric that selects the best checkpoint of a regression whose R2 is undefined."""
 
 CLASSIFICATION_CURVES = Curves(
     losses=("train/loss", "val/loss"), scores=("val/accuracy", "val/f1", "val/auroc"), title="validation"
@@ -58,9 +62,14 @@ class ClassificationTask(TrainingTask):
         spec: Classes or targets, and statistics of the training data.
         optim: Optimizer, schedule and loss.
 
+    Attributes:
+        monitor: Metric that selects the best checkpoint; None for that of the task.
+
     Raises:
         ConfigError: The network can't be built, or the optimizer or loss settings don't fit it.
     """
+
+    monitor: str | None = None
 
     def __init__(
         self, model_config: ClassificationModelConfig, spec: ClassificationSpec, optim: ClassificationOptimConfig
@@ -130,6 +139,8 @@ class ClassificationTask(TrainingTask):
         logits, targets = self(image, valid)[:num], targets[:num]
         loss = self.loss(logits, targets) if num else 0.0
         self.log_counted("val/loss", loss, num, prog_bar=True)
+        if self.monitor == LOSS_MONITOR:
+            self.log_counted(LOSS_MONITOR, -loss, num)
         scores = self.model.scores(logits)
         self.val_metrics.update(scores, targets)
         if num:
@@ -153,10 +164,12 @@ class ClassificationTask(TrainingTask):
 
 
 def logged_scores(scores: ClassificationScores | RegressionScores) -> dict[str, float]:
-    """Return scores by name for logging; undefined scores are 0 overall and left out per class."""
-    overall = {f"val/{name}": 0.0 if math.isnan(value) else value for name, value in scores.overall().items()}
+    """Return scores by name for logging; undefined scores are 0 overall and left out per class and in regression."""
+    overall = {f"val/{name}": value for name, value in scores.overall().items()}
     if isinstance(scores, RegressionScores):
-        parts = {f"val/mae/{each.name}": each.mae for each in scores.targets}
+        parts = overall | {f"val/mae/{each.name}": each.mae for each in scores.targets}
+        overall = {}
     else:
+        overall = {name: 0.0 if math.isnan(value) else value for name, value in overall.items()}
         parts = {f"val/f1/{each.name}": each.f1 for each in scores.classes}
     return overall | {name: value for name, value in parts.items() if not math.isnan(value)}

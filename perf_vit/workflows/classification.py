@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from contextlib import closing
 from functools import partial
 from itertools import islice
@@ -20,6 +21,7 @@ from perf_vit.data import (
     build_classification_datamodule,
     read_image_targets,
 )
+from perf_vit.errors import DataWarning
 from perf_vit.finite import check_finite
 from perf_vit.inference import ClassificationPredictOptions, ClassificationPredictor
 from perf_vit.inference.prefetch import load_ahead
@@ -27,7 +29,7 @@ from perf_vit.labels.tables import ImageTargets
 from perf_vit.metrics import ClassificationMetrics, RegisteredMetrics, RegressionScores
 from perf_vit.models import ClassificationSpec, InputCheck, check_not_random, collate_tiles
 from perf_vit.reporting import ImageSamples, Sample, text_sample
-from perf_vit.tasks import ClassificationTask
+from perf_vit.tasks import LOSS_MONITOR, ClassificationTask
 from perf_vit.transforms import replace_tiny_std
 from perf_vit.workflows.progress import windows_progress
 from perf_vit.workflows.reports import ClassificationEvaluation, RegressionEvaluation
@@ -62,7 +64,17 @@ def build_classification_task(
         PerfVitError: A model that doesn't fit.
     """
     check_not_random(config.model)
-    return task_class(config.model, _spec(config, data), config.optim)
+    task = task_class(config.model, _spec(config, data), config.optim)
+    targets = data.val.images.labelled.targets
+    if isinstance(config.data, RegressionDataConfig) and (targets == targets[0]).all():
+        warnings.warn(
+            f"each target has one value in the {len(targets)} validation images, so R2 is undefined and best.ckpt has "
+            "the lowest val/loss; validate on images of several values for R2",
+            DataWarning,
+            stacklevel=2,
+        )
+        task.monitor = LOSS_MONITOR
+    return task
 
 
 def evaluate_classification(

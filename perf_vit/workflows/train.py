@@ -162,7 +162,7 @@ def train_run(config: TaskRunConfig, *, progress: bool = True) -> Run:
         config.trainer,
         run.path,
         progress=progress,
-        monitor=task.monitor,
+        monitor=getattr(module, "monitor", None) or task.monitor,
         curves=task.curves,
         draw=task.draw,
         seed=config.seed,

@@ -8,10 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import torch
 from command_line import call
 from PIL import Image
 
+import perf_vit
 from perf_vit.config import load_config
+from perf_vit.errors import DataWarning
 from perf_vit.inference import ClassificationPredictor
 from perf_vit.models import load_classifier
 from perf_vit.workflows.run_config import ClassificationRun
@@ -229,6 +232,33 @@ def test_a_constant_number_is_named_and_has_std_1(folders, config, tmp_path, cap
     printed = " ".join("".join(capsys.readouterr()).split())
     assert "the target depth (std" in printed
     assert "the target height (std" not in printed
+
+
+def test_without_r2_the_best_checkpoint_has_the_lowest_loss(folders, config, tmp_path) -> None:
+    places = sorted((folders / "sea").glob("*.tif"))[:5]
+    train, val = tmp_path / "train.csv", tmp_path / "val.csv"
+    train.write_text("image,height\n" + "\n".join(f"{path},{index}" for index, path in enumerate(places[:4])))
+    val.write_text(f"image,height\n{places[4]},2")
+    overrides = {
+        "task": "regression",
+        "data.train.image": str(folders),
+        "data.train.labels": str(train),
+        "data.val": {"image": str(folders), "labels": str(val)},
+        "data.targets": ["height"],
+        "data.crop": True,
+        "optim.lr": 0.05,
+        "trainer.max_epochs": 5,
+        "trainer.num_pictures": 0,
+    }
+    with pytest.warns(DataWarning, match=r"R2 is undefined and best\.ckpt has the lowest val/loss"):
+        run = perf_vit.train(config, overrides, out=tmp_path / "run", progress=False)
+    rows = [row for row in run.metrics if row["epoch"] > 0]
+    assert not any("val/r2" in row for row in rows)
+    losses = [row["val/loss"] for row in rows]
+    assert losses[0] > min(losses)
+    stored = torch.load(run.best, weights_only=False)
+    assert stored["epoch"] == losses.index(min(losses))
+    assert "val/negative_loss" in run.report().read_text()
 
 
 class KilledError(BaseException):

@@ -12,6 +12,7 @@ from torch import nn
 
 from perf_vit.inference import move_to_device
 from perf_vit.reporting import ImageSamples, Page, Row, Sample, Settings
+from perf_vit.tasks import LOSS_MONITOR
 from perf_vit.tasks.callbacks import plot_history
 from perf_vit.tasks.optim import with_valid
 from perf_vit.workflows.progress import windows_progress
@@ -52,11 +53,13 @@ def write_training_report(
     Raises:
         OutputError: The page can't be written.
     """
-    best = max((row for row in rows if task.monitor in row), key=lambda row: row[task.monitor], default={})
+    # Regression has no R2 of constant targets.
+    monitor = task.monitor if any(task.monitor in row for row in rows) else LOSS_MONITOR
+    best = max((row for row in rows if monitor in row), key=lambda row: row[monitor], default={})
     page = Page(title=f"{task.label.removeprefix('a ').removeprefix('an ')}: {folder.name}")
     page.numbers = {"epochs": f"{max((int(row['epoch']) for row in rows), default=0)}"}
     if best:
-        page.numbers |= {"best epoch": f"{int(best['epoch'])}", task.monitor: f"{best[task.monitor]:.3f}"}
+        page.numbers |= {"best epoch": f"{int(best['epoch'])}", monitor: f"{best[monitor]:.3f}"}
 
     def curves(first: Path) -> list[Path]:
         plot_history(list(rows), first, task.curves, format="svg")
