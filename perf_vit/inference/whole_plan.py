@@ -21,7 +21,7 @@ from perf_vit.inference.dense import Strip
 from perf_vit.sources.slides import SlideSource
 from perf_vit.streaming import ImageTokens, stream_tokens
 from perf_vit.streaming.dense import DenseHead
-from perf_vit.streaming.tokens import PART_TOKENS
+from perf_vit.streaming.tokens import PART_TOKENS, READ_PARTS
 from perf_vit.threads import num_processors, process_groups
 from perf_vit.types import GeoImage, Source, Window
 
@@ -191,14 +191,16 @@ def _memory_bytes(
 ) -> int:
     channels, columns, bands = head.vit.embed_dim, grid[1], source.num_bands
     has_windows = any(block.attn.mixer.needs_sample for block in head.vit.blocks)
-    tokens = min(max(PART_TOKENS, columns * head.rows_at_once(grid)), grid[0] * columns)
+    all_tokens = grid[0] * columns
+    tokens = min(max(PART_TOKENS, columns * head.rows_at_once(grid)), all_tokens)
+    read_tokens = min(max(READ_PARTS * PART_TOKENS, columns), all_tokens)
     token_px = head.patch[0] * head.patch[1]
     rows_of_parts, columns_of_parts = _outer_sides(head, grid, part)
     part_px = max(rows_of_parts) * max(columns_of_parts) * token_px
     # Rows that wait for those below, and one as the input of the network.
-    waiting = tokens + head.reach.margin * columns
+    waiting = read_tokens + head.reach.margin * columns
     pixel = bands * (source.dtype.itemsize + 1)
-    reading = token_px * (waiting * pixel + tokens * bands * 8)
+    reading = token_px * (waiting * pixel + read_tokens * bands * 8) + read_tokens * channels * 4
     # Pixels are gone before the blocks begin.
     encoder = max(reading, tokens * channels * 4 * (_TOKEN_VALUES + _WINDOW_VALUES * has_windows))
     scores = part[0] * head.patch[0] * source.width * (num_classes * 4 + 1)

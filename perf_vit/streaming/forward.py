@@ -26,7 +26,7 @@ from perf_vit.streaming.journal import TokenJournal
 from perf_vit.streaming.layout import TokenLayout
 from perf_vit.streaming.processes import Processes
 from perf_vit.streaming.store import TokenStore
-from perf_vit.streaming.tokens import PART_TOKENS, StreamedTokens
+from perf_vit.streaming.tokens import PART_TOKENS, READ_PARTS, StreamedTokens
 from perf_vit.types import GeoImage
 
 __all__ = ["check_blocks", "check_streamable", "num_passes", "rows_of_windows", "stream_tokens"]
@@ -103,7 +103,7 @@ def stream_tokens(
         journal: Used instead of `folder`: a call that was killed goes on after its last finished block. Each block then
             writes a file of its own, so there is one file more.
         dtype: Dtype of stored tokens; that of the model by default.
-        part_tokens: Number of tokens that are processed at once.
+        part_tokens: Number of tokens that a block processes at once.
         on_progress: Called with (rows of tokens done, in all), counted in each pass over the image.
 
     Processes of a group, if there is one, share the image: each holds a stripe of rows, and for each block only sums,
@@ -228,7 +228,8 @@ class _Forward:
 
     def _embed_rows(self, rows: range, store: TokenStore, valid: Tensor, stored: Tensor) -> None:
         """Read and embed rows; fill in which of their tokens have a valid pixel, and which are stored."""
-        start, margin, step = 0, self._margin, max(1, self._part_tokens // self._image.grid[1])
+        step = max(1, READ_PARTS * self._part_tokens // self._image.grid[1])
+        start, margin = 0, self._margin
         waiting: deque[tuple[int, int, GeoImage]] = deque()
         for first in range(rows.start, rows.stop, step):
             stop = min(first + step, rows.stop)
