@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from pathlib import Path
 
-__all__ = ["AnonymousPeak"]
+__all__ = ["AnonymousPeak", "anonymous_mib"]
 
 
 class AnonymousPeak:
@@ -16,7 +16,7 @@ class AnonymousPeak:
     """
 
     def __init__(self, seconds: float = 0.01) -> None:
-        self._before, self._peak, self._seconds = _anonymous_mib(), 0.0, seconds
+        self._before, self._peak, self._seconds = anonymous_mib(), 0.0, seconds
         self._is_done = threading.Event()
         self._watcher = threading.Thread(target=self._watch)
         self._watcher.start()
@@ -29,10 +29,11 @@ class AnonymousPeak:
 
     def _watch(self) -> None:
         while not self._is_done.wait(self._seconds):
-            self._peak = max(self._peak, _anonymous_mib())
+            self._peak = max(self._peak, anonymous_mib())
 
 
-def _anonymous_mib() -> float:
+def anonymous_mib() -> float:
+    """Return the anonymous memory of this process."""
     status = Path("/proc/self/status").read_text(encoding="ascii")
     (line,) = [each for each in status.splitlines() if each.startswith("RssAnon:")]
     return int(line.split()[1]) / 1024

@@ -72,10 +72,25 @@ class PixelTransformer(nn.Module):
         self.blocks = nn.ModuleList(_block(options, index) for index in range(options.depth))
         self.norm = nn.LayerNorm(options.dim)
         self.head = nn.Linear(options.dim, NUM_VALUES)
-        for embedding in [*self.values, self.rows, self.columns, self.bands]:
-            nn.init.normal_(embedding.weight, std=0.02)
-        nn.init.zeros_(self.head.weight)
+        self._start()
+
+    @torch.no_grad()
+    def _start(self) -> None:
+        """Initialise, so that near values and places are near, and blocks pass their tokens on unchanged.
+
+        Attention begins as the mean of all tokens before, nearly the same for each. If embeddings are small against it,
+        those of 0.02 for example, blocks see little but this common vector.
+        """
+        dim = self.options.dim
+        for embedding in [*self.values, self.rows, self.columns]:
+            embedding.weight.copy_(0.6 * _waves(embedding.num_embeddings, dim))
+        nn.init.normal_(self.bands.weight, std=0.4)
+        self.head.weight.copy_(0.02 * _waves(NUM_VALUES, dim))
         nn.init.zeros_(self.head.bias)
+        for block in self.blocks:
+            layers = [block.mlp.fc2, *([] if self.options.mixer == "none" else [block.attn.proj])]
+            for parameter in (each for layer in layers for each in layer.parameters()):
+                nn.init.zeros_(parameter)
 
     def forward(self, values: Tensor) -> Tensor:
         """Return logits of all values, [B, L, 256], given values, [B, L]."""
@@ -142,6 +157,13 @@ def bits_per_dim(logits: Tensor, values: Tensor) -> Tensor:
 class _NoAttention(nn.Module):
     def forward(self, x: Tensor, attn_mask: Tensor | None = None, is_causal: bool = False) -> Tensor:
         return torch.zeros_like(x)
+
+
+def _waves(number: int, dim: int) -> Tensor:
+    """Return cosines and sines of 0 .. number - 1, [number, dim], with random rotations of the channels."""
+    periods = 2 * number / torch.logspace(0, math.log2(number / 4), dim // 2, base=2)
+    angles = 2 * math.pi * torch.arange(number).unsqueeze(1) / periods
+    return torch.cat([angles.cos(), angles.sin()], dim=1) @ nn.init.orthogonal_(torch.empty(dim, dim))
 
 
 def _block(options: ModelOptions, index: int) -> Block:

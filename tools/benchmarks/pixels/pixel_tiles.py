@@ -36,7 +36,7 @@ class TileSource:
         first = round(image.shape[0] * (1 - test_share))
         self.side, self._parts, self._min_contrast = side, {"train": image[:first], "test": image[first:]}, min_contrast
 
-    def draw(self, part: str, number: int, seed: int) -> Tensor:
+    def draw(self, part: str, number: int, seed: int | tuple[int, int]) -> Tensor:
         """Return random tiles of "train" or "test", values [number, side * side * 3] in raster order."""
         pixels, rng = self._parts[part], np.random.default_rng(seed)
         tiles: list[np.ndarray] = []
