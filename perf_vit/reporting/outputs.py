@@ -25,7 +25,7 @@ from perf_vit.plotting.pictures import Picture, figure_name, has_tissue, tissue_
 from perf_vit.reporting.page import Page, Row, Settings, TextTable, figure_of, hex_color
 from perf_vit.reporting.preview import Preview, picture_layer, pixel_size, read_picture, shape_layer
 from perf_vit.reporting.samples import Sample, class_legend, imagery, sample_rows
-from perf_vit.sources import open_source
+from perf_vit.sources import open_map
 from perf_vit.sources.pixel_size import pixel_area_grid, pixel_areas, polygon_areas
 from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray, Source
 
@@ -122,7 +122,7 @@ def write_map_report(
     clear = 0 if multilabel else background
     colors = default_colormap(len(names), clear)
     blocks: list[npt.NDArray[np.float64]] = []
-    with open_source(map_path) as result:
+    with open_map(map_path) as result:
 
         def draw(image: GeoImage) -> Picture:
             shown = shown_classes(image, multilabel=multilabel, scale=scale)

@@ -34,7 +34,7 @@ with extra("geo", __name__):
         without_repeats,
     )
     from perf_vit.sources.mosaic import MosaicSource
-    from perf_vit.sources.open import find_reader, merged_options, open_input, open_raster, open_source
+    from perf_vit.sources.open import find_reader, merged_options, open_input, open_map, open_raster, open_source
     from perf_vit.sources.pixel_size import PixelSize, common_unit, unit_of
     from perf_vit.sources.raster import RasterSource
     from perf_vit.sources.slide_files import slide_members
@@ -74,6 +74,7 @@ __all__ = [
     "merged_options",
     "names_of",
     "open_input",
+    "open_map",
     "open_raster",
     "open_source",
     "previews_among",

@@ -30,6 +30,7 @@ __all__ = [
     "RASTER_SUFFIXES",
     "READERS",
     "TILE_INDEX_SUFFIXES",
+    "VERSION_TAG",
     "OpenReader",
     "file_stats",
     "fingerprint",
@@ -74,8 +75,11 @@ _VECTOR_SUFFIXES = PARQUET_SUFFIXES | {".fgb", ".geojson", ".geojsonl", ".gml", 
 ATTENTION_ENDING = "_attention"
 """Ending of the folders of attention pictures."""
 
+VERSION_TAG = "PERF_VIT_VERSION"
+"""Tag of every map that perf_vit writes."""
+
 # A written map has its tags, and a picture its mark, before the pixels.
-_MARK = re.compile(rb"PERF_VIT_VERSION|Software\0perf_vit")
+_MARK = re.compile(VERSION_TAG.encode() + rb"|Software\0perf_vit")
 
 _MARK_BYTES = 8192
 

@@ -17,6 +17,7 @@ from perf_vit.sources.files import (
     GEOTIFF_SUFFIXES,
     RASTER_SUFFIXES,
     READERS,
+    VERSION_TAG,
     OpenReader,
     is_by_product,
     is_item_list,
@@ -24,7 +25,7 @@ from perf_vit.sources.files import (
 from perf_vit.sources.image_search import previews_among, without_own, without_repeats
 from perf_vit.sources.mosaic import MosaicSource, item_paths
 from perf_vit.sources.pixel_size import PixelSize
-from perf_vit.sources.raster import RasterSource
+from perf_vit.sources.raster import OmeMapSource, RasterSource
 from perf_vit.sources.slide_files import file_to_open, is_dicom_folder
 from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.slides.ome_zarr import is_multiscale, open_ome_zarr
@@ -34,7 +35,16 @@ from perf_vit.sources.slides.scale import SlideMpp
 from perf_vit.sources.slides.tiff import holds_colours, open_array_tiff
 from perf_vit.types import InputOptions, InputPath
 
-__all__ = ["find_reader", "is_slide", "merged_options", "open_input", "open_raster", "open_slide", "open_source"]
+__all__ = [
+    "find_reader",
+    "is_slide",
+    "merged_options",
+    "open_input",
+    "open_map",
+    "open_raster",
+    "open_slide",
+    "open_source",
+]
 
 
 def open_source(
@@ -209,6 +219,15 @@ def _matching(pattern: str) -> list[str]:
     return files
 
 
+def open_map(path: str | Path) -> RasterSource:
+    """Open a map as written by `perf-vit predict`, GeoTIFF or OME-TIFF, as a raster: never as colours of a slide.
+
+    Raises:
+        InputError: The file can't be read.
+    """
+    return OmeMapSource(path) if os.fspath(path).lower().endswith((".ome.tif", ".ome.tiff")) else open_raster(path)
+
+
 def find_reader(path: str) -> OpenReader | None:
     """Return the reader with the longest suffix that a path ends in, None if there is none.
 
@@ -295,6 +314,9 @@ def _inspect_tiff(path: str, asked: bool | None) -> tuple[bool, Any]:
 
 
 def _is_pyramid(dataset: Any, asked: bool | None) -> bool:
+    # Maps of slides have no georeference, and may have the bands of colours.
+    if VERSION_TAG in dataset.tags():
+        return False
     if dataset.crs is not None or not dataset.transform.is_identity or dataset.gcps[0] or dataset.rpcs:
         return False
     is_pyramid_of_colours = dataset.count in (3, 4) and set(dataset.dtypes) == {"uint8"} and dataset.overviews(1)

@@ -23,9 +23,9 @@ from perf_vit.sources._gdal import PerThread, crs_name, open_dataset
 from perf_vit.sources._grid import Bounds, Grid
 from perf_vit.sources._remote import with_retries
 from perf_vit.sources.base import BaseSource
-from perf_vit.types import BoolArray, GeoImage, Window
+from perf_vit.types import IGNORE_INDEX, BoolArray, GeoImage, Window
 
-__all__ = ["Bounds", "Orientation", "RasterSource", "orientation_of"]
+__all__ = ["Bounds", "OmeMapSource", "Orientation", "RasterSource", "orientation_of"]
 
 _TAG = 0x0112
 
@@ -270,3 +270,33 @@ class RasterSource(BaseSource):
         if self.orientation == 1:
             return read
         return self._orientation.show(read[0]), self._orientation.show(read[1])
+
+
+class OmeMapSource(RasterSource):
+    """Map that is an OME-TIFF, with the values of its channels.
+
+    A slide's colours are averaged at lower resolution, and have no nodata value.
+
+    Args:
+        path: Map as written by `write_ome_tiff`; in maps of 8 bits, 255 means no data.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        super().__init__(path, nodata=IGNORE_INDEX)
+        # GDAL has a dataset for each channel, and opens the first one by the file's name.
+        others = self._handle.get().subdatasets[1:]
+        self._others = [RasterSource(name, nodata=IGNORE_INDEX) for name in others]
+        self.bands = tuple(range(1, len(others) + 2))
+        self.band_names = tuple(f"band_{band}" for band in self.bands)
+
+    def close(self) -> None:
+        """Close this thread's file handles; the next read opens them again."""
+        super().close()
+        for channel in self._others:
+            channel.close()
+
+    def _read_inside(self, window: Window, out_shape: tuple[int, int]) -> tuple[PixelArray, BoolArray]:
+        first = super()._read_inside(window, out_shape)
+        read = [first, *(channel._read_inside(window, out_shape) for channel in self._others)]
+        mask = np.asarray(np.concatenate([mask for _, mask in read]).any(0, keepdims=True))
+        return np.concatenate([pixels for pixels, _ in read]), mask

@@ -13,7 +13,7 @@ from perf_vit.plotting import colorize, default_colormap, label_font, label_text
 from perf_vit.plotting.colors import Color, shown_classes, shown_index
 from perf_vit.plotting.panels import outlined_polygons
 from perf_vit.plotting.pictures import Picture
-from perf_vit.sources import open_source
+from perf_vit.sources import open_map
 from perf_vit.types import Source
 
 __all__ = ["write_map_quicklook", "write_object_quicklook"]
@@ -58,9 +58,8 @@ def write_map_quicklook(
     """
     names = ["none", *classes] if multilabel else list(classes)
     colors = default_colormap(len(names), 0 if multilabel else background)
-    result = open_source(map_path)
-    image = result.read_reduced(_PANEL_PX)
-    result.close()
+    with open_map(map_path) as result:
+        image = result.read_reduced(_PANEL_PX)
     labels = shown_classes(image, multilabel=multilabel, scale=scale)
     scene = rgb_from(source.read_reduced(_PANEL_PX), natural_bands(source))
     painted = colorize(labels, colors)

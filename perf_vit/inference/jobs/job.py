@@ -32,6 +32,7 @@ from perf_vit.inference.jobs.journal import (
 )
 from perf_vit.inference.options import PredictOptions, SegmentationPredictOptions
 from perf_vit.sources.describe import seam_disagreement_of
+from perf_vit.sources.files import VERSION_TAG
 from perf_vit.sources.slides import SlideSource
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Source, Window
@@ -269,8 +270,6 @@ class RecordedJob(Job):
         return existing_outputs(dict.fromkeys([self.out, *self.beside, *stray]))
 
 
-_VERSION_TAG = "PERF_VIT_VERSION"
-
 _DAMAGE_TAG = "PERF_VIT_DAMAGED_PIECES"
 
 
@@ -349,7 +348,7 @@ class MapJob(Job):
     def layout(self) -> RasterLayout:
         """The map's size, place, bands and tags."""
         tags = {f"PERF_VIT_{name.upper()}": str(value) for name, value in self.settings.items()}
-        return self.output.map_layout(self.source, {_VERSION_TAG: __version__, **self._identity.tags, **tags})
+        return self.output.map_layout(self.source, {VERSION_TAG: __version__, **self._identity.tags, **tags})
 
     @property
     def window_rows(self) -> list[int]:
@@ -366,7 +365,7 @@ class MapJob(Job):
             layout = self.layout
             if self.options.on_error == "stop":
                 layout = replace(layout, tags={**layout.tags, _DAMAGE_TAG: "0"})
-            if holds_layout(self.out, layout, other_tags={_VERSION_TAG}):
+            if holds_layout(self.out, layout, other_tags={VERSION_TAG}):
                 return True
         other = "not as this model's map of this input with these settings, or is older than the input, or has damaged "
         raise self._other(found[0], f"{other}pixels" if found[0] == self.out else "")
