@@ -8,12 +8,14 @@ import numpy as np
 import numpy.typing as npt
 import shapely
 from affine import Affine
+from pyproj import Transformer
+from pyproj.enums import TransformDirection
 from pyproj.exceptions import ProjError
 from rasterio.warp import transform_bounds
 
 from perf_vit.errors import InputError, warn_once
 from perf_vit.sources import RasterSource
-from perf_vit.sources._gdal import crs_name
+from perf_vit.sources._gdal import GDAL_ERRORS, crs_name
 from perf_vit.sources._qupath import FrameName
 from perf_vit.sources.raster import Bounds
 from perf_vit.sources.slides import SlideSource
@@ -21,11 +23,11 @@ from perf_vit.types import Source
 
 __all__ = [
     "check_both_have_crs",
+    "check_mask_overlap",
     "check_on_pixels",
     "check_on_slide",
     "check_overlap",
     "local_transform",
-    "reproject_bounds",
     "span",
     "transform_geometries",
 ]
@@ -60,7 +62,7 @@ def transform_geometries(geometries: Any, path: str, source: Source) -> npt.NDAr
         source: Source with a CRS.
 
     Returns:
-        Geometries, [n]; an empty polygon for each one outside of the domain of the source's CRS.
+        Geometries, [n]; those that leave the domain of the source's CRS are cut, those outside of it empty polygons.
 
     Raises:
         InputError: Coordinates are not longitudes and latitudes although the file claims so (e.g. GeoJSON without CRS),
@@ -70,13 +72,69 @@ def transform_geometries(geometries: Any, path: str, source: Source) -> npt.NDAr
     assert source.crs is not None
     try:
         placed: npt.NDArray[Any] = geometries.to_crs(source.crs.to_wkt()).to_numpy().copy()
+        leaving = ~_are_finite(placed) & ~shapely.is_empty(placed)
+        if leaving.any():
+            placed[leaving] = _cut_to_domain(geometries[leaving], source.crs).to_crs(source.crs.to_wkt()).to_numpy()
     except ProjError as error:
-        raise InputError(
-            f"no transformation is known from the CRS of {path} ({crs_name(geometries.crs)}) to that of {source.path} "
-            f"({crs_name(source.crs)}); save the labels in the CRS of the raster"
-        ) from error
-    placed[~np.isfinite(shapely.bounds(placed).reshape(-1, 4)).all(axis=1)] = shapely.Polygon()
+        raise _no_transformation(path, geometries.crs, source) from error
+    placed[~_are_finite(placed)] = shapely.Polygon()
     return placed
+
+
+def _are_finite(geometries: npt.NDArray[Any]) -> npt.NDArray[np.bool_]:
+    return np.asarray(np.isfinite(shapely.bounds(geometries).reshape(-1, 4)).all(axis=1))
+
+
+def _cut_to_domain(geometries: Any, crs: Any) -> Any:
+    """Return the parts of polygons that have coordinates in a CRS, as a geopandas series in the polygons' own CRS.
+
+    The domain is made of boxes that lie within it, as far as points in them show: 32 a side, quartered where they cross
+    its border, which leaves a strip of a thousandth of the polygons' extent at most.
+    """
+    to_crs = Transformer.from_crs(geometries.crs, crs.to_wkt(), always_xy=True)
+    left, bottom, right, top = geometries.total_bounds
+    x, y = np.linspace(left, right, 33), np.linspace(bottom, top, 33)
+    boxes = np.stack(
+        [side.ravel() for each in (slice(-1), slice(1, None)) for side in np.meshgrid(x[each], y[each])], 1
+    )
+    inside = []
+    for _ in range(6):
+        placed = _have_place(to_crs, *_points_in(boxes), degrees=geometries.crs.is_geographic)
+        inside.append(boxes[placed.all(axis=1)])
+        boxes = _quartered(boxes[placed.any(axis=1) & ~placed.all(axis=1)])
+    # A snapped union of boxes leaves no gaps of rounding errors between them.
+    domain = shapely.union_all(shapely.box(*np.concatenate(inside).T), grid_size=(right - left) * 1e-12)
+    cut = shapely.intersection(shapely.make_valid(geometries.to_numpy()), domain)
+    # Polygons that only touch the domain leave lines and points.
+    parts, owners = shapely.get_parts(cut, return_index=True)
+    areal = shapely.get_dimensions(parts) == 2
+    kept = [shapely.MultiPolygon(parts[areal & (owners == index)].tolist()) for index in range(len(cut))]
+    return type(geometries)(kept, index=geometries.index, crs=geometries.crs)
+
+
+def _have_place(
+    to_crs: Transformer, x: npt.NDArray[np.float64], y: npt.NDArray[np.float64], *, degrees: bool
+) -> npt.NDArray[np.bool_]:
+    """Return where points have coordinates in a CRS, which lead back to them: near poles of a projection some don't."""
+    back_x, back_y = to_crs.transform(*to_crs.transform(x, y), direction=TransformDirection.INVERSE)
+    with np.errstate(invalid="ignore"):
+        off_x, off_y = back_x - x, back_y - y
+        if degrees:
+            off_x = ((off_x + 180) % 360 - 180) * np.cos(np.radians(y))
+        return np.asarray(np.hypot(off_x, off_y) < 1e-6 * max(1.0, np.abs(x).max(), np.abs(y).max()))
+
+
+def _points_in(boxes: npt.NDArray[np.float64]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Return x and y of 5 x 5 points of each box (left, bottom, right, top), from edge to edge, [n, 25]."""
+    x, y = (np.linspace(boxes[:, axis], boxes[:, axis + 2], 5, axis=1) for axis in (0, 1))
+    return np.tile(x, 5), np.repeat(y, 5, axis=1)
+
+
+def _quartered(boxes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    left, bottom, right, top = boxes.T
+    x, y = (left + right) / 2, (bottom + top) / 2
+    quarters = [(left, bottom, x, y), (x, bottom, right, y), (left, y, x, top), (x, y, right, top)]
+    return np.concatenate([np.stack(quarter, axis=1) for quarter in quarters])
 
 
 def _check_degrees(geometries: Any, path: str) -> None:
@@ -191,10 +249,26 @@ def check_on_pixels(source: RasterSource, path: str, bounds: Bounds) -> None:
     )
 
 
-def reproject_bounds(bounds: Bounds, crs: Any, to_crs: Any) -> Bounds:
-    """Return the bounds of a box reprojected to another CRS."""
-    left, bottom, right, top = transform_bounds(crs, to_crs, *bounds)
-    return left, bottom, right, top
+def check_mask_overlap(source: RasterSource, labels: RasterSource) -> None:
+    """Check that a mask with a CRS overlaps a raster in another one.
+
+    Raises:
+        InputError: It doesn't, or there is no transformation between the CRSs.
+    """
+    try:
+        bounds = transform_bounds(labels.crs, source.crs, *labels.bounds)
+    except GDAL_ERRORS as error:
+        raise _no_transformation(labels.path, labels.crs, source) from error
+    # Bounds across 180 degrees, or of a mask that leaves the CRS's domain, tell nothing.
+    if np.isfinite(bounds).all() and bounds[0] <= bounds[2]:
+        check_overlap(source, labels.path, bounds)
+
+
+def _no_transformation(path: str, crs: Any, source: Source) -> InputError:
+    return InputError(
+        f"no transformation is known from the CRS of {path} ({crs_name(crs)}) to that of {source.path} "
+        f"({crs_name(source.crs)}); save the labels in the CRS of the raster"
+    )
 
 
 def span(bounds: Bounds) -> str:

@@ -11,11 +11,12 @@ from rasterio.enums import ColorInterp
 from rasterio.vrt import WarpedVRT
 
 from perf_vit.errors import InputError
-from perf_vit.labels._placement import check_both_have_crs, check_overlap, reproject_bounds
+from perf_vit.labels._placement import check_both_have_crs, check_mask_overlap
 from perf_vit.labels.classes import LabelClasses
 from perf_vit.labels.vector import VectorLabels
-from perf_vit.sources import RasterSource
+from perf_vit.sources import MosaicSource, RasterSource
 from perf_vit.sources._gdal import GDAL_ERRORS, PerThread, color_kinds, crs_name, open_dataset, read_window, reason_of
+from perf_vit.sources._grid import GridOptions
 from perf_vit.sources._remote import with_retries
 from perf_vit.text import number_text
 from perf_vit.types import IGNORE_INDEX, BoolArray, LabelArray, Window
@@ -54,6 +55,8 @@ class RasterLabels:
         self._extent = source.extent
         self._classes = classes
         _check_values(labels, classes)
+        if isinstance(labels, MosaicSource) and not same_grid(labels, source):
+            self._labels = labels = _on_grid(labels, source)
         self._warped = None if same_grid(labels, source, paired=paired) else _warped(labels, source)
         for window in spots(self._extent) if spot_check else ():
             # Find values that aren't classes before training starts.
@@ -122,9 +125,28 @@ def _warped(labels: RasterSource, source: RasterSource) -> PerThread[Any]:
             f"({source.path}), got {labels.height} x {labels.width} ({labels.path})"
         )
     check_both_have_crs(source, labels.path, labels.crs)
-    check_overlap(source, labels.path, reproject_bounds(labels.bounds, labels.crs, source.crs))
+    check_mask_overlap(source, labels)
     grid = {"crs": source.crs, "transform": source.transform, "height": source.height, "width": source.width}
     return PerThread(functools.partial(_open_warped, labels.path, grid))
+
+
+def _on_grid(labels: MosaicSource, source: RasterSource) -> MosaicSource:
+    """Return a mosaic of masks on the grid of a source.
+
+    Raises:
+        InputError: It doesn't overlap the source, or the source is rotated.
+    """
+    check_both_have_crs(source, labels.path, labels.crs)
+    check_mask_overlap(source, labels)
+    t = source.transform
+    grid = GridOptions(crs=source.crs, resolution=(abs(t.a), abs(t.e)), bounds=source.bounds)
+    placed = MosaicSource(labels.path, labels.paths, grid=grid, resampling="nearest")
+    if not same_grid(placed, source):
+        raise InputError(
+            f"masks in several files must lie on a raster with rows from north to south, and {source.path} is turned; "
+            f"make one file of {labels.path} (gdalbuildvrt labels.vrt ...)"
+        )
+    return placed
 
 
 def _open_warped(path: str, grid: dict[str, Any]) -> Any:

@@ -2,6 +2,7 @@ import pickle
 
 import geopandas as gpd
 import numpy as np
+import pyproj
 import pytest
 import rasterio
 import shapely
@@ -365,3 +366,68 @@ def test_a_mask_of_a_pyramid_lies_on_its_level_0(make_scene, tmp_path) -> None:
     assert np.array_equal(open_labels(mask, slide, classes=CLASSES).read(slide.extent), values)
     with pytest.raises(InputError, match=r"must be polygons, .* as it isn't read at its level 0"):
         open_labels(mask, open_source(path, mpp=1.0), classes=CLASSES)
+
+
+@pytest.mark.parametrize(
+    ("crs", "bounds", "shape"),
+    [
+        # A whole disc, seen from a satellite; the polygon goes on behind the horizon, and to the other side.
+        (
+            "+proj=geos +lon_0=0 +h=35785831 +sweep=y +datum=WGS84",
+            (-5.5e6, -5.5e6, 5.5e6, 5.5e6),
+            box(20, -30, 150, 70),
+        ),
+        (
+            "+proj=geos +lon_0=0 +h=35785831 +sweep=y +datum=WGS84",
+            (-5.5e6, -5.5e6, 5.5e6, 5.5e6),
+            box(-170, 0, 170, 90),
+        ),
+        # One corner is 90 degrees from the central meridian, on the equator, where nothing has coordinates.
+        ("EPSG:32633", (0, 4e6, 1e6, 5e6), box(15, 0, 105, 60)),
+    ],
+)
+def test_a_polygon_that_leaves_the_domain_of_the_crs_labels_its_part_inside(
+    make_scene, tmp_path, crs, bounds, shape
+) -> None:
+    size = 80
+    transform = rasterio.transform.from_bounds(*bounds, size, size)
+    source = open_source(make_scene(height=size, width=size, crs=crs, transform=transform, nodata=None))
+    path = tmp_path / "labels.gpkg"
+    gpd.GeoSeries([shapely.segmentize(shape, 1)], crs="EPSG:4326").to_file(path)
+    labels = open_labels(path, source, classes=CLASSES).read(source.extent)
+    centres = np.arange(size) + 0.5
+    x, y = transform @ tuple(np.meshgrid(centres, centres))
+    to_degrees = pyproj.Transformer.from_crs(source.crs.to_wkt(), "EPSG:4326", always_xy=True)
+    lonlat = np.stack(to_degrees.transform(x, y), axis=-1)
+    expected = np.isfinite(lonlat).all(-1) & shapely.contains_xy(shape, *np.moveaxis(lonlat, -1, 0))
+    assert expected.sum() > 1000
+    # Outlines are straight between their corners.
+    assert (labels != expected).sum() <= 6
+
+
+def test_a_mask_across_180_degrees_is_read(make_scene) -> None:
+    source = open_source(make_scene(crs="EPSG:4326", transform=Affine(0.01, 0, -179.9, 0, -0.01, 1), nodata=None))
+    place = Affine(1000, 0, 3_320_000, 0, -1000, 120_000)
+    # Longitudes from 179.8 to -178.9.
+    mask = _mask(make_scene, np.ones((140, 150)), crs="EPSG:3832", transform=place)
+    labels = open_labels(mask, source, classes=CLASSES).read(source.extent)
+    assert (labels[:, :80] == 1).all()
+
+
+def test_a_mask_on_a_local_grid_does_not_fit_a_raster_on_the_earth(source, make_scene) -> None:
+    local = rasterio.crs.CRS.from_wkt('LOCAL_CS["site",UNIT["metre",1]]')
+    _assert_refused("no transformation is known from the CRS of", _mask(make_scene, np.eye(70, 90), crs=local), source)
+
+
+@pytest.mark.parametrize("margin", [-7, 0, 9])
+def test_tiles_of_a_mask_need_not_end_where_the_raster_does(source, make_scene, tmp_path, margin) -> None:
+    values = np.random.default_rng(5).integers(0, 2, (70 + 2 * margin, 90 + 2 * margin))
+    begin = source.transform @ Affine.translation(-margin, -margin)
+    (tmp_path / "tiles").mkdir()
+    for name, left, right in (("a", 0, 40), ("b", 40, values.shape[1])):
+        tile = _mask(make_scene, values[:, left:right], transform=begin @ Affine.translation(left, 0))
+        tile.rename(tmp_path / "tiles" / f"{name}.tif")
+    labels = open_labels(tmp_path / "tiles", source, classes=CLASSES).read(source.extent)
+    expected = np.pad(values, max(0, -margin), constant_values=IGNORE_INDEX)
+    cut = max(0, margin)
+    assert np.array_equal(labels, expected[cut : cut + 70, cut : cut + 90])
