@@ -36,6 +36,7 @@ from perf_vit.models import Detector, load_detector, standardized
 from perf_vit.plotting import default_colormap
 from perf_vit.reporting.outputs import write_object_report
 from perf_vit.sources import GEOTIFF_SUFFIXES
+from perf_vit.sources.pixel_size import has_place
 from perf_vit.sources.slides import SlideSource
 from perf_vit.text import to_json
 from perf_vit.types import Source, Window
@@ -258,7 +259,7 @@ class DetectionPredictor(InputPredictor[Detector, DetectionPredictOptions]):
     def job(self, source: Any, out: str | Path) -> ObjectJob:
         """What is to be made of an input; see `InputPredictor.job`."""
         scene = self.open(source)
-        target = self._names(Path(out))[0 if scene.crs is not None else -1]
+        target = self._names(Path(out))[0 if has_place(scene) else -1]
         check_vector_output(target, scene)
         window_size, overlap = self.options.windows(self.model.spec.tile_px)
         check_window_size(self.model, window_size)

@@ -7,6 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from perf_vit.reporting.page import Page, Row, Settings, TextTable, figure_of, h
 from perf_vit.reporting.preview import Preview, picture_layer, pixel_size, read_picture, shape_layer
 from perf_vit.reporting.samples import Sample, class_legend, imagery, sample_rows
 from perf_vit.sources import open_map
-from perf_vit.sources.pixel_size import pixel_area_grid, pixel_areas, polygon_areas
+from perf_vit.sources.pixel_size import has_place, pixel_area_grid, pixel_areas, polygon_areas
 from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray, Source
 
 __all__ = [
@@ -126,7 +127,8 @@ def write_map_report(
 
         def draw(image: GeoImage) -> Picture:
             shown = shown_classes(image, multilabel=multilabel, scale=scale)
-            blocks.append(_class_areas(image, shown, len(names), scale if multilabel else None))
+            placed = image if has_place(result) else replace(image, crs=None)
+            blocks.append(_class_areas(placed, shown, len(names), scale if multilabel else None))
             return shown[..., None].repeat(3, axis=-1)
 
         labels = read_picture(result, draw)[..., 0]

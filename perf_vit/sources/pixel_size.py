@@ -17,11 +17,22 @@ from rasterio.crs import CRS
 from rasterio.errors import CRSError
 from rasterio.warp import transform
 
-from perf_vit.errors import InputError
+from perf_vit.errors import InputError, warn_once
 from perf_vit.sources._gdal import crs_name
 from perf_vit.types import GeoImage, Source
 
-__all__ = ["PixelSize", "Unit", "common_unit", "pixel_area_grid", "pixel_areas", "polygon_areas", "unit_of"]
+__all__ = [
+    "PixelSize",
+    "Unit",
+    "common_unit",
+    "has_place",
+    "pixel_area_grid",
+    "pixel_areas",
+    "pixel_lengths",
+    "polygon_areas",
+    "unit_of",
+    "warn_of_ground_size",
+]
 
 Unit = tuple[str, float | None]
 """Name of a unit and its length in metres; None for degrees, whose length varies."""
@@ -53,7 +64,9 @@ class PixelSize:
         name, metres = unit_of(crs)
         own_name, own_metres = self.unit
         if own_metres is not None and metres is not None:
-            return self.size * own_metres / metres
+            size = self.size * own_metres / metres
+            warn_of_ground_size(crs, size, path, place_xy)
+            return size
         if own_metres is metres:
             return self.size
         other = _utm_zone(crs, place_xy) if metres is None else "EPSG:4326"
@@ -116,9 +129,12 @@ def _utm_zone(crs: Any, place_xy: tuple[float, float]) -> str:
 
 _FloatArray = npt.NDArray[np.float64]
 
-# Of WGS 84: half the equator's diameter in metres, and the square of the eccentricity.
-_RADIUS, _ECCENTRICITY2 = 6378137.0, 0.00669437999014
+_METRES_PER_DEGREE = 111_320.0
 
+_ORIGIN = np.zeros((1, 2))
+
+# Ratio of pixel sizes up to which they are the same to a model.
+_SAME_SIZE = 1.1
 
 # Cells a side, within which the area of a pixel is nearly linear in its place.
 _CELLS, _GRID_CELLS = 64, 32
@@ -137,12 +153,27 @@ def pixel_areas(source: Source | GeoImage, xy_px: _FloatArray) -> tuple[_FloatAr
     """
     if source.mpp is not None:
         return np.full(len(xy_px), source.mpp**2), "um2"
-    if source.crs is None or source.transform is None:
+    steps = _steps_on_ground(source, xy_px)
+    if steps is None:
         return np.ones(len(xy_px)), "px"
-    areas = _areas_on_ellipsoid(source.crs, source.transform, xy_px)
-    # Local grids have no place on the Earth, corners of world maps may have none.
-    metres = unit_of(source.crs)[1] or 1.0
-    return np.where(np.isfinite(areas), areas, abs(source.transform.determinant) * metres**2), "m2"
+    return np.abs(steps[:, 0, 0] * steps[:, 1, 1] - steps[:, 1, 0] * steps[:, 0, 1]), "m2"
+
+
+def pixel_lengths(source: Source, xy_px: _FloatArray) -> _FloatArray:
+    """Return the largest length on the ground or in the slide of a step of one pixel in any direction, [n].
+
+    It is in metres, micrometres or pixels, as areas are in their squares; see `pixel_areas`.
+    """
+    if source.mpp is not None:
+        frame: Any = getattr(source, "frame", None)
+        return np.full(len(xy_px), max((frame and frame.pixel_um_xy) or (source.mpp,)))
+    steps = _steps_on_ground(source, xy_px)
+    return np.ones(len(xy_px)) if steps is None else np.asarray(np.linalg.norm(steps, ord=2, axis=(1, 2)))
+
+
+def has_place(source: Source | GeoImage) -> bool:
+    """Return whether the pixels of a source lie on the ground: a CRS without a transform places none."""
+    return source.crs is not None and source.transform is not None and not source.transform.is_identity
 
 
 def pixel_area_grid(image: GeoImage) -> tuple[_FloatArray, str]:
@@ -210,26 +241,80 @@ def _interpolation(length: int, knots: _FloatArray) -> _FloatArray:
     return np.stack([np.interp(centres, knots, row) for row in np.eye(len(knots))], axis=1)
 
 
+def warn_of_ground_size(crs: Any, size: float, path: str, place_xy: tuple[float, float]) -> None:
+    """Warn, once for each CRS, if square pixels in a CRS of lengths have another size on the ground.
+
+    Args:
+        crs: CRS of the pixels.
+        size: Side of a pixel in its units.
+        path: Path of the raster, for the message.
+        place_xy: Centre of the raster in the CRS.
+    """
+    name, metres = unit_of(crs)
+    ground = None if metres is None else _steps_in(crs, Affine(size, 0, place_xy[0], 0, -size, place_xy[1]), _ORIGIN)
+    if metres is None or ground is None or not np.isfinite(ground).all():
+        return
+    found = math.sqrt(abs(np.linalg.det(ground[0]))) / metres
+    if not 1 / _SAME_SIZE < found / size < _SAME_SIZE:
+        warn_once(
+            f"ground size in {crs_name(crs)}",
+            f"pixels of {size:g} {name} in {crs_name(crs)} are {found:.3g} {name} on the ground at {path}; a model "
+            f"for pixels of {size:g} {name} on the ground needs a CRS of true lengths, such as "
+            f"`crs={_utm_zone(crs, place_xy)}`",
+        )
+
+
+def _steps_on_ground(source: Source | GeoImage, xy_px: _FloatArray) -> _FloatArray | None:
+    """Return the steps of a column and of a row in metres east and north, [n, 2, 2]; None where the unit is unknown."""
+    if source.crs is None or source.transform is None or not has_place(source):
+        return None
+    metres, t = unit_of(source.crs)[1], source.transform
+    steps = _steps_in(source.crs, t, xy_px)
+    # Local grids have no place on the Earth, corners of world maps may have none.
+    plain = np.array([[t.a, t.d], [t.b, t.e]]) * (metres or _METRES_PER_DEGREE)
+    if steps is None:
+        return None if metres is None else np.broadcast_to(plain, (len(xy_px), 2, 2))
+    return np.where(np.isfinite(steps).all(axis=(1, 2), keepdims=True), steps, plain)
+
+
 @lru_cache(maxsize=8)
-def _to_degrees(wkt: str) -> pyproj.Transformer:
-    return pyproj.Transformer.from_crs(wkt, "EPSG:4326", always_xy=True)
+def _to_degrees(wkt: str) -> tuple[pyproj.Transformer, float, float] | None:
+    """Return the transformer to longitude and latitude, and half the equator's diameter and the squared eccentricity.
+
+    They are WGS 84's on the Earth, and the CRS's own on other bodies; None for local grids.
+    """
+    for target in (pyproj.CRS("EPSG:4326"), pyproj.CRS(wkt).geodetic_crs):
+        try:
+            body = None if target is None else target.ellipsoid
+            if body is not None:
+                squared = 1 - (body.semi_minor_metre / body.semi_major_metre) ** 2
+                return pyproj.Transformer.from_crs(wkt, target, always_xy=True), body.semi_major_metre, squared
+        except (pyproj.exceptions.CRSError, pyproj.exceptions.ProjError):
+            continue
+    return None
 
 
-def _areas_on_ellipsoid(crs: CRS, transform: Affine, xy_px: _FloatArray) -> _FloatArray:
-    steps = np.array([[0.0, 0.0], [-0.5, 0.0], [0.5, 0.0], [0.0, -0.5], [0.0, 0.5]])
-    points = (xy_px[:, None] + steps).reshape(-1, 2)
+def _steps_in(crs: CRS, transform: Affine, xy_px: _FloatArray) -> _FloatArray | None:
+    """Return the steps of a column and a row in metres, NaN outside of the CRS's domain; None for local grids."""
+    try:
+        found = _to_degrees(crs.to_wkt())
+    except pyproj.exceptions.CRSError:
+        return None
+    if found is None:
+        return None
+    to_degrees, radius, eccentricity2 = found
+    points = (xy_px[:, None] + [[0.0, 0.0], [-0.5, 0.0], [0.5, 0.0], [0.0, -0.5], [0.0, 0.5]]).reshape(-1, 2)
     x, y = transform @ tuple(points.T)
     try:
-        longitude, latitude = np.radians(_to_degrees(crs.to_wkt()).transform(x, y)).reshape(2, -1, 5)
-    except (pyproj.exceptions.CRSError, pyproj.exceptions.ProjError):
-        return np.full(len(xy_px), np.nan)
-    east, north = np.diff(longitude[:, 1:].reshape(-1, 2, 2)), np.diff(latitude[:, 1:].reshape(-1, 2, 2))
-    # Across the meridian of 180 degrees.
-    east = (east + np.pi) % (2 * np.pi) - np.pi
-    bend = 1 - _ECCENTRICITY2 * np.sin(latitude[:, 0]) ** 2
-    along_meridian = _RADIUS * (1 - _ECCENTRICITY2) / bend**1.5
-    # Grids of pixel centres end half a pixel beyond the poles.
-    along_parallel = _RADIUS / np.sqrt(bend) * np.maximum(np.cos(latitude[:, 0]), 0)
-    cross = east[:, 0, 0] * north[:, 1, 0] - east[:, 1, 0] * north[:, 0, 0]
-    found: _FloatArray = np.abs(cross) * along_meridian * along_parallel
-    return found
+        longitude, latitude = np.radians(to_degrees.transform(x, y)).reshape(2, -1, 5)
+    except pyproj.exceptions.ProjError:
+        return np.full((len(xy_px), 2, 2), np.nan)
+    with np.errstate(invalid="ignore"):
+        east, north = (np.diff(side[:, 1:].reshape(-1, 2, 2))[..., 0] for side in (longitude, latitude))
+        # Across the meridian of 180 degrees.
+        east = (east + np.pi) % (2 * np.pi) - np.pi
+        bend = 1 - eccentricity2 * np.sin(latitude[:, :1]) ** 2
+        # Grids of pixel centres end half a pixel beyond the poles.
+        east *= radius / np.sqrt(bend) * np.maximum(np.cos(latitude[:, :1]), 0)
+        north *= radius * (1 - eccentricity2) / bend**1.5
+    return np.stack([east, north], axis=-1)

@@ -13,7 +13,7 @@ from affine import Affine
 
 from perf_vit.errors import OutputError
 from perf_vit.geometry.boxes import oriented_box_corners
-from perf_vit.sources.pixel_size import pixel_areas, polygon_areas
+from perf_vit.sources.pixel_size import pixel_lengths, polygon_areas
 from perf_vit.types import Source
 
 __all__ = ["ObjectTable", "tidy_polygons"]
@@ -134,6 +134,6 @@ def tidy_polygons(
         return polygons, np.zeros(0, bool)
     kept = polygon_areas(source, polygons)[0] >= min_area if min_area > 0 else np.ones(len(polygons), bool)
     if simplify > 0:
-        of_pixels, _ = pixel_areas(source, shapely.get_coordinates(shapely.centroid(polygons)))
-        polygons = shapely.simplify(polygons, simplify / np.sqrt(of_pixels), preserve_topology=True)
+        of_pixels = pixel_lengths(source, shapely.get_coordinates(shapely.centroid(polygons)))
+        polygons = shapely.simplify(polygons, simplify / of_pixels, preserve_topology=True)
     return polygons, kept

@@ -10,10 +10,12 @@ import numpy as np
 from pyproj import Transformer
 from pyproj.exceptions import CRSError, ProjError
 
-from perf_vit.errors import OutputError
+from perf_vit.errors import OutputError, warn_once
 from perf_vit.files import staged
 from perf_vit.labels.objects import default_category_ids
+from perf_vit.sources import MosaicSource, open_raster
 from perf_vit.sources._gdal import crs_name
+from perf_vit.sources.pixel_size import has_place
 from perf_vit.sources.slides import SlideSource
 from perf_vit.types import Source
 from perf_vit.writers._objects import ObjectTable
@@ -99,12 +101,27 @@ def write_objects(
 def _write_coco(
     path: Path, table: ObjectTable, category_ids: Sequence[int], source: Source, image_id: int | None
 ) -> None:
+    _warn_of_other_grid(source)
     if image_id is None:
         name = Path(source.path).name
         frame = source.frame if isinstance(source, SlideSource) else None
         write_coco(path, table, category_ids, name=name, height=source.height, width=source.width, frame=frame)
     else:
         write_coco_results(path, table, category_ids, image_id=image_id)
+
+
+def _warn_of_other_grid(source: Source) -> None:
+    """Warn that pixels of a file that is read on another grid are not those of the file, which COCO names."""
+    if not isinstance(source, MosaicSource) or len(source.paths) > 1:
+        return
+    with open_raster(source.paths[0]) as own:
+        if own.size != source.size or own.transform != source.transform:
+            warn_once(
+                f"COCO of {source.path}",
+                f"COCO names {source.path} ({own.height} rows x {own.width} columns), but its objects are in pixels of "
+                f"the grid that it was read on ({source.height} x {source.width}); write .gpkg, or read it without "
+                "crs, resolution and bounds",
+            )
 
 
 def check_vector_output(path: str | Path, source: Source, *, format: VectorFormat | None = None) -> VectorFormat:  # noqa: A002
@@ -121,9 +138,10 @@ def check_vector_output(path: str | Path, source: Source, *, format: VectorForma
     chosen = format or _format_of(Path(path), source)
     if chosen not in get_args(VectorFormat):
         raise OutputError(f"format must be one of {', '.join(get_args(VectorFormat))}, got {chosen}")
-    if chosen in {"gpkg", "geoparquet", "geojson"} and source.crs is None:
+    if chosen in {"gpkg", "geoparquet", "geojson"} and not has_place(source):
+        lacking = "no CRS" if source.crs is None else "a CRS but no transform"
         raise OutputError(
-            f"{source.path} has no CRS, so its objects can't be placed in {chosen}; write QuPath's .geojson or "
+            f"{source.path} has {lacking}, so its objects can't be placed in {chosen}; write QuPath's .geojson or "
             "COCO's .json"
         )
     if chosen == "geojson" and not _has_longitudes(source):
@@ -152,4 +170,4 @@ def _format_of(path: Path, source: Source) -> VectorFormat:
         raise OutputError(
             f"can't tell the format of {path}: expected a name that ends in {', '.join(_SUFFIXES)}; or give format"
         )
-    return "qupath" if found == "geojson" and source.crs is None else found
+    return "qupath" if found == "geojson" and not has_place(source) else found

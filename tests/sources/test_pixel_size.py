@@ -1,5 +1,7 @@
 """Pixels of a size in metres are as large on the ground whatever the unit of a raster's CRS."""
 
+import re
+
 import numpy as np
 import pytest
 from affine import Affine
@@ -90,3 +92,15 @@ def test_local_grids_have_a_unit(make_scene, unit, metres) -> None:
     assert common_unit([("a", source.crs)])[1] == pytest.approx(metres, rel=1e-12)
     with pytest.raises(InputError, match="whose pixels are"):
         open_source(path, resolution=1e5)
+
+
+@pytest.mark.parametrize(
+    ("crs", "corner", "told"),
+    [("EPSG:3857", (1_000_000, 8_400_000), r"5 metre in EPSG:3857 are 2\.[45]\d* metre on the ground .*EPSG:32632"),
+     ("EPSG:3857", (1_000_000, 0), None), ("EPSG:32637", (300_000, 200_000), None)],
+)  # fmt: skip
+def test_lengths_that_are_other_ones_on_the_ground_are_told(make_scene, recwarn, crs, corner, told) -> None:
+    open_source(_scene(make_scene, crs, 2.5, corner), resolution=PixelSize(5, METRE))
+    found = [str(one.message) for one in recwarn if "on the ground" in str(one.message)]
+    assert len(found) == (told is not None)
+    assert told is None or re.search(told, found[0])

@@ -1,5 +1,6 @@
 """Areas of objects and classes on the ground, and polygons that are tidied by them."""
 
+import json
 import re
 
 import geopandas as gpd
@@ -11,6 +12,7 @@ from affine import Affine
 from rasterio.crs import CRS
 from synthetic_slide import make_slide
 
+from perf_vit.errors import OutputError
 from perf_vit.geometry import Objects
 from perf_vit.reporting.outputs import write_map_report, write_object_report
 from perf_vit.sources import open_source
@@ -128,3 +130,38 @@ def test_polygons_are_tidied_in_metres(make_scene) -> None:
     assert shapely.get_num_coordinates(tidy[2]) < shapely.get_num_coordinates(stairs)
     assert shapely.hausdorff_distance(tidy[2], stairs) <= 2.01
     assert tidy_polygons(polygons[:0], source, min_area=3)[1].tolist() == []
+
+
+MOON = (
+    'GEOGCS["Moon 2000",DATUM["D_Moon_2000",SPHEROID["Moon_2000_IAU_IAG",1737400.0,0.0]],'
+    'PRIMEM["Reference_Meridian",0.0],UNIT["Degree",0.0174532925199433]]'
+)
+
+
+def test_areas_on_the_moon_are_those_of_its_sphere(make_scene, tmp_path) -> None:
+    source = open_source(make_scene(crs=CRS.from_wkt(MOON), transform=Affine(1e-3, 0, 10, 0, -1e-3, 60)))
+    (area,), unit = pixel_areas(source, np.array([[0.0, 0.0]]))
+    assert unit == "m2"
+    assert area == pytest.approx((1_737_400 * np.radians(1e-3)) ** 2 * np.cos(np.radians(60)), rel=1e-6)
+
+
+def test_a_crs_without_a_transform_places_nothing(make_scene, tmp_path) -> None:
+    source = open_source(make_scene(transform=Affine.identity()))
+    assert source.crs is not None
+    assert pixel_areas(source, np.array([[5.0, 5.0]])) == (np.array([1.0]), "px")
+    given = {"scores": None, "labels": [0, 0], "class_names": ["a"], "source": source}
+    with pytest.raises(OutputError, match=r"a CRS but no transform, so its objects can't be placed in gpkg"):
+        write_objects(tmp_path / "o.gpkg", BOXES, **given)
+    features = json.loads(write_objects(tmp_path / "o.geojson", BOXES, **given).read_text())["features"]
+    assert features[0]["properties"]["objectType"] == "detection"
+    assert shapely.geometry.shape(features[1]["geometry"]).bounds == (30, 20, 31, 21)
+
+
+def test_outlines_move_no_further_than_asked_where_pixels_are_not_square(make_scene) -> None:
+    source = open_source(make_scene(transform=Affine(1, 0, 401_000, 0, -9, 4_510_000)))
+    # Steps of 3 m in rows, which a tolerance of 2 m must keep.
+    rows = np.where(np.arange(60) // 2 % 2, 10.3333, 10.0)
+    comb = shapely.Polygon([(0, 30), *zip(np.arange(60) * 1.0, rows, strict=True), (60, 30)])
+    (tidy,), _ = tidy_polygons(np.array([comb], object), source, simplify=2.0)
+    in_metres = shapely.transform([comb, tidy], lambda xy: xy * (1.0, 9.0))
+    assert shapely.hausdorff_distance(*in_metres) <= 2.01

@@ -16,7 +16,7 @@ from affine import Affine
 from rasterio.crs import CRS
 from slides import levels_of, write_pyramid
 
-from perf_vit.errors import OutputError
+from perf_vit.errors import DataWarning, OutputError
 from perf_vit.geometry.boxes import oriented_box_corners
 from perf_vit.sources import open_source
 from perf_vit.writers import CogWriter, RasterLayout, polygonize_classes, write_objects
@@ -367,3 +367,12 @@ def test_geopackages_of_two_threads_have_the_same_date(tmp_path) -> None:
         thread.join()
     assert dates == ["1970-01-01T00:00:00.000Z"]
     assert pyogrio.get_gdal_config_option("OGR_CURRENT_DATE") == before
+
+
+def test_coco_of_a_raster_on_another_grid_tells_whose_pixels_it_holds(make_scene, tmp_path, recwarn) -> None:
+    path = make_scene()
+    given = {"scores": SCORES, "labels": LABELS, "class_names": CLASSES}
+    write_objects(tmp_path / "own.json", BOXES, source=open_source(path), **given)
+    assert not [one for one in recwarn if "COCO" in str(one.message)]
+    with pytest.warns(DataWarning, match=r"its objects are in pixels of the grid that it was read on"):
+        write_objects(tmp_path / "coarse.json", BOXES, source=open_source(path, resolution=5.0), **given)
