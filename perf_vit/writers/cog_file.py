@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import rasterio
 
-from perf_vit.errors import OutputError
+from perf_vit.errors import DataWarning, OutputError
+from perf_vit.sources._gdal import crs_name
 from perf_vit.writers.blocks import NUMBERS, TILE_OFFSETS, TILE_SIZES, Tag, block_options, read_tags
 from perf_vit.writers.layout import RasterLayout
 from perf_vit.writers.pyramid import Level, Pyramid
@@ -57,7 +59,7 @@ def write_cog_file(made: Path, layout: RasterLayout, pyramid: Pyramid, path: Pat
     """
     pyramid.finish()
     levels = pyramid.levels
-    tags = _tags(layout)
+    tags = _tags(layout, path)
     # Offsets of 64 bits hold any place: this header can be made before the file's size is known, and is the longer one.
     start = len(_header(tags, levels, big=True, start=0))
     big = start + sum(level.num_bytes for level in levels) > _MOST_BYTES
@@ -83,11 +85,22 @@ def _verify(made: Path, start: int, levels: Sequence[Level], path: Path) -> None
                 raise OutputError(f"can't write {path}: blocks differ on disk; is the disk full?")
 
 
-def _tags(layout: RasterLayout) -> dict[int, Tag]:
-    """Tags of the raster, as GDAL writes them."""
+def _tags(layout: RasterLayout, path: Path) -> dict[int, Tag]:
+    """Tags of the raster, as GDAL writes them; warns of a CRS that these can't hold."""
     with rasterio.MemoryFile(ext=".tif") as memory:
         layout.create(memory.name, {**block_options(layout), "sparse_ok": True}).close()
-        return read_tags(memory.getbuffer())
+        written = bytes(memory.getbuffer())
+    # GDAL keeps a CRS that has no GeoTIFF keys in a file next to the raster.
+    with rasterio.MemoryFile(written, ext=".tif") as memory, memory.open() as dataset:
+        is_lost = layout.crs is not None and dataset.crs is None
+    if is_lost:
+        warnings.warn(
+            f"GeoTIFF can't hold the CRS of {path} ({crs_name(layout.crs)}), which has none; assign that of the input "
+            "where the map is read, or read the input in another CRS",
+            DataWarning,
+            stacklevel=2,
+        )
+    return read_tags(memoryview(written))
 
 
 def _header(tags: dict[int, Tag], levels: Sequence[Level], *, big: bool, start: int) -> bytes:

@@ -4,6 +4,7 @@ import sys
 from contextlib import closing
 
 import numpy as np
+import pyproj
 import pytest
 import rasterio
 from affine import Affine
@@ -234,6 +235,16 @@ def test_strips_that_do_not_fit_leave_nothing(tmp_path, block, match: str) -> No
 def test_a_folder_in_the_place_of_the_file(tmp_path) -> None:
     with pytest.raises(OutputError, match="it is a folder"):
         _write(tmp_path, np.ones((1, 5, 5), np.uint8))
+
+
+def test_a_crs_that_geotiff_has_no_keys_for_is_told(tmp_path, recwarn) -> None:
+    pole = {"proj": "ob_tran", "o_proj": "longlat", "o_lat_p": 39.25, "o_lon_p": 0, "lon_0": 18, "datum": "WGS84"}
+    layout = {"height": 4, "width": 4, "num_bands": 1, "dtype": "uint8", "transform": Affine(0.1, 0, 5, 0, -0.1, 5)}
+    for crs, told in (("EPSG:32637", []), (pyproj.CRS.from_dict(pole).to_wkt(), ["GeoTIFF can't hold the CRS of"])):
+        with CogWriter(tmp_path / "map.tif", RasterLayout(crs=CRS.from_user_input(crs), **layout)) as writer:
+            writer.write(0, np.zeros((1, 4, 4), np.uint8))
+        found = [str(one.message) for one in recwarn if "GeoTIFF" in str(one.message)]
+        assert [one[:29] for one in found] == told
 
 
 _FILL = """
