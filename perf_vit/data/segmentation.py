@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
 from torch.utils.data import ConcatDataset, DataLoader
 
 from perf_vit.data.augmentation import make_augmentation, make_stain_jitter, pixel_size, pixel_sizes
@@ -42,6 +44,7 @@ from perf_vit.labels import LabelFiles, LabelSource, is_labelled_folder, open_la
 from perf_vit.labels.image_folder import find_label_pairs
 from perf_vit.models import InputBands, collate_tiles
 from perf_vit.sources import RasterSource, common_unit, open_input
+from perf_vit.sources.pixel_size import warn_of_ground_size
 from perf_vit.sources.slides import SlideSource
 from perf_vit.transforms import Normalizer
 from perf_vit.types import GeoImage, InputOptions, InputPath, OpenInput, Source, Window
@@ -236,9 +239,10 @@ def _placed(
         finest = max(config.augment.resolution[0], _native_pixel_size(image, options, source) or 0)
         if finest < read_at:
             source.close()
+            coarse = source
             finer = replace(options, resolution=finest) if config.mpp is None else replace(options, mpp=finest)
             source = open_input(image, finer)
-            window = _scaled(window, read_at / finest, source.extent)
+            window = _scaled(window, _pixel_sides(coarse) / _pixel_sides(source), source.extent)
     source.close()
     return source, window
 
@@ -252,11 +256,19 @@ def _native_pixel_size(image: InputPath, options: InputOptions, source: Source) 
     return pixel_size(own)
 
 
-def _scaled(window: Window, factor: float, extent: Window) -> Window:
-    """Return the corresponding window of a source whose pixels are smaller by a factor."""
-    row, col, row_stop, col_stop = (
-        round(pixel * factor) for pixel in (window.row, window.col, window.row_stop, window.col_stop)
-    )
+def _pixel_sides(source: RasterSource | SlideSource) -> npt.NDArray[np.float64]:
+    """Return the width and height of a pixel as it is read; a level of a slide may be 1 % off the size asked for."""
+    if isinstance(source, SlideSource):
+        return np.array(source.downsample_xy)
+    t = source.transform
+    return np.hypot([t.a, t.b], [t.d, t.e])
+
+
+def _scaled(window: Window, factor_xy: npt.NDArray[np.float64], extent: Window) -> Window:
+    """Return the corresponding window of a source whose pixels are smaller by a factor for each axis."""
+    x, y = factor_xy.tolist()
+    row, col = round(window.row * y), round(window.col * x)
+    row_stop, col_stop = round(window.row_stop * y), round(window.col_stop * x)
     scaled = Window(row, col, row_stop - row, col_stop - col).intersect(extent)
     assert scaled is not None
     return scaled
@@ -331,7 +343,11 @@ def _open_all(config: SegmentationDataConfig) -> tuple[list[LabelledSource], lis
     for key, group in (train | val).items():
         _check_bands(group, key, train["data.train"][0].source)
     if config.resolution is not None:
-        common_unit([(one.source.path, one.source.crs) for group in (train | val).values() for one in group])
+        sources = [one.source for group in (train | val).values() for one in group]
+        common_unit([(source.path, source.crs) for source in sources])
+        for source in sources:
+            middle = source.transform @ (source.width / 2, source.height / 2)
+            warn_of_ground_size(source.crs, config.resolution, source.path, middle)
     return [one for group in train.values() for one in group], val["data.val"]
 
 

@@ -169,10 +169,10 @@ def warn_of_shared_places(train: Iterable[tuple[Source, Window]], val: Iterable[
     trained, validated = _by_system(train), _by_system(val)
     total = sum(float(area) for _, _, areas in validated.values() for area in areas)
     shared, first = 0.0, ""
-    for key, (boxes, paths, areas) in validated.items():
+    for key, (outlines, paths, areas) in validated.items():
         if key not in trained:
             continue
-        common = _common_shares(boxes, trained[key][0])
+        common = _common_shares(outlines, trained[key][0])
         # Files side by side may overlap by rounding.
         common = np.where(common > _ROUNDING, common, 0.0)
         shared += float((common * areas).sum())
@@ -189,15 +189,15 @@ def warn_of_shared_places(train: Iterable[tuple[Source, Window]], val: Iterable[
 
 def _by_system(
     places: Iterable[tuple[Source, Window]],
-) -> dict[str, tuple[npt.NDArray[np.float64], list[str], npt.NDArray[np.float64]]]:
-    """Return boxes [n, 4], paths and areas in pixels of windows, by the coordinate system that they share."""
-    found: dict[str, list[tuple[tuple[float, ...], str, float]]] = {}
+) -> dict[str, tuple[npt.NDArray[Any], list[str], npt.NDArray[np.float64]]]:
+    """Return outlines [n], paths and areas in pixels of windows, by the coordinate system that they share."""
+    found: dict[str, list[tuple[shapely.Polygon, str, float]]] = {}
     for source, window in places:
-        key, box = _place(source, window)
-        found.setdefault(key, []).append((box, source.path, float(window.height * window.width)))
+        key, outline = _place(source, window)
+        found.setdefault(key, []).append((outline, source.path, float(window.height * window.width)))
     return {
         key: (
-            np.array([box for box, _, _ in rows]),
+            np.array([outline for outline, _, _ in rows], object),
             [path for _, path, _ in rows],
             np.array([area for *_, area in rows]),
         )
@@ -208,26 +208,24 @@ def _by_system(
 _ROUNDING = 1e-3
 
 
-def _common_shares(boxes: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """Return the part of each box (left, top, right, bottom) that others cover, at most 1, counting overlaps twice."""
-    ours, theirs = shapely.STRtree(shapely.box(*others.T)).query(shapely.box(*boxes.T))
-    low = np.maximum(boxes[ours, :2], others[theirs, :2])
-    high = np.minimum(boxes[ours, 2:], others[theirs, 2:])
-    covered = np.zeros(len(boxes))
-    np.add.at(covered, ours, (high - low).clip(min=0).prod(axis=1))
-    return np.minimum(1.0, covered / (boxes[:, 2:] - boxes[:, :2]).prod(axis=1))
+def _common_shares(windows: npt.NDArray[Any], others: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
+    """Return the part of each outline that others cover, at most 1, counting overlaps twice."""
+    ours, theirs = shapely.STRtree(others).query(windows)
+    covered = np.zeros(len(windows))
+    np.add.at(covered, ours, shapely.area(shapely.intersection(windows[ours], others[theirs])))
+    return np.minimum(1.0, covered / shapely.area(windows))
 
 
-def _place(source: Source, window: Window) -> tuple[str, tuple[float, ...]]:
-    """Return a coordinate system and the bounds of a window in it."""
+def _place(source: Source, window: Window) -> tuple[str, shapely.Polygon]:
+    """Return a coordinate system and the outline of a window in it, which isn't upright in rotated rasters."""
     if source.crs is None or source.mpp is not None:
         # The file may be read at other pixel sizes; its sides are 1.
         corner = np.array([window.col / source.width, window.row / source.height])
         sides = np.array([window.width / source.width, window.height / source.height])
-        return os.path.realpath(source.path), (*corner, *(corner + sides))
-    rows, cols = (window.row, window.row_stop), (window.col, window.col_stop)
-    corners = np.array([source.transform @ (float(col), float(row)) for row in rows for col in cols])
-    return str(source.crs), (*corners.min(axis=0), *corners.max(axis=0))
+        return os.path.realpath(source.path), shapely.box(*corner, *(corner + sides))
+    (top, bottom), (left, right) = (window.row, window.row_stop), (window.col, window.col_stop)
+    corners = [(left, top), (right, top), (right, bottom), (left, bottom)]
+    return str(source.crs), shapely.Polygon([source.transform @ corner for corner in corners])
 
 
 def read_groups(table: str | Path | None, column: str) -> list[str]:

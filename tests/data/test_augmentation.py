@@ -27,6 +27,7 @@ from perf_vit.data import (
     build_segmentation_datamodule,
     collate_objects,
 )
+from perf_vit.data.segmentation import _placed
 from perf_vit.errors import ConfigError
 from perf_vit.types import IGNORE_INDEX
 
@@ -229,6 +230,16 @@ def test_slides_are_read_at_the_finest_size_that_is_shown_and_has_pixels(slide) 
     assert data.val.source.source.mpp == pytest.approx(1.0)
     plain = build_segmentation_datamodule(slide_maps(slide, (1.0, 2.0)), seed=0)
     assert plain.train.sources[0].source.mpp == pytest.approx(1.0)
+
+
+def test_a_region_lies_on_the_same_tissue_at_a_level_near_the_size_asked_for(tmp_path) -> None:
+    region = [16, 24, 230, 220]
+    image = make_slide(tmp_path / "a.svs", 512, 512, mpp=0.5, tile_px=64, tissue_share=1.0)
+    split = SegmentationSplitConfig(image=str(image), labels="unused.geojson", region=region)
+    source, found = _placed(slide_maps(split, (0.504, 2.0)), image, region, "data.train", train=True)
+    # A level is read as it is: its pixels are 0.8 % smaller than those that were asked for.
+    assert source.mpp == pytest.approx(0.5)
+    assert (found.row, found.col, found.row_stop, found.col_stop) == (32, 48, 492, 488)
 
 
 def test_tiles_of_a_slide_at_its_own_size_are_its_pixels(slide) -> None:

@@ -164,10 +164,12 @@ class Placed:
 
     mpp = None
 
-    def __init__(self, path: str, *, crs: str | None = "EPSG:32622", left: float = 0.0, pixel: float = 1.0) -> None:
+    def __init__(
+        self, path: str, *, crs: str | None = "EPSG:32622", left: float = 0.0, pixel: float = 1.0, turn: float = 0.0
+    ) -> None:
         self.path, self.crs = path, crs
         self.height = self.width = 100
-        self.transform = Affine(pixel, 0, left, 0, -pixel, 0)
+        self.transform = Affine.rotation(turn) @ Affine(pixel, 0, left, 0, -pixel, 0)
 
 
 @pytest.mark.parametrize(
@@ -179,6 +181,9 @@ class Placed:
         ((Placed("a.tif"), Window(0, 0, 100, 100)), (Placed("b.tif", left=50, pixel=0.5), Window(0, 0, 100, 100)), 100),
         ((Placed("a.tif"), Window(0, 0, 100, 100)), (Placed("b.tif", left=100), Window(0, 0, 100, 100)), None),
         ((Placed("a.tif"), Window(0, 0, 100, 100)), (Placed("b.tif", crs="EPSG:4326"), Window(0, 0, 100, 100)), None),
+        # The upright boxes around the halves of a rotated raster overlap.
+        ((Placed("a.tif", turn=30), Window(0, 0, 100, 50)), (Placed("a.tif", turn=30), Window(0, 50, 100, 50)), None),
+        ((Placed("a.tif", turn=30), Window(0, 0, 100, 75)), (Placed("b.tif", turn=30), Window(0, 50, 100, 50)), 50),
         # Images without a place are the same only as files.
         (
             (Placed("a.png", crs=None), Window(0, 0, 100, 100)),
