@@ -41,6 +41,14 @@ def _warnings_of_this_test(monkeypatch):
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _no_disk_is_waited_for():
+    """Leave out what outlives a crash of the machine, which no test causes; tests of it replace `os.fsync`, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _curves_are_drawn_once(tmp_path_factory):
     """Draw one loss curve a task and process, and copy it: drawing takes as long as a small training."""
     # Not imported here: tests of attention need no trainer.
