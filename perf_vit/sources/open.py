@@ -69,7 +69,8 @@ def open_source(
     """Open a raster (any GDAL format, also by URL), a mosaic of rasters, or a whole slide.
 
     Slides are all formats of OpenSlide (SVS, NDPI, MRXS, DICOM, ...), OME-TIFF and OME-Zarr; they need the extra
-    `slides`. A TIFF with a georeference is a raster, and so is a plain TIFF opened with raster options.
+    `slides`. A TIFF with a georeference is a raster, and so are maps of perf_vit and a plain TIFF opened with raster
+    options.
 
     A folder, a glob such as "tiles/*.tif", a list of paths or a JSON file of STAC items opens as a `MosaicSource`, in
     which earlier files take precedence. Files on another grid than the mosaic's are warped while reading, and so is a
@@ -314,13 +315,11 @@ def _inspect_tiff(path: str, asked: bool | None) -> tuple[bool, Any]:
 
 
 def _is_pyramid(dataset: Any, asked: bool | None) -> bool:
-    # Maps of slides have no georeference, and may have the bands of colours.
-    if VERSION_TAG in dataset.tags():
-        return False
     if dataset.crs is not None or not dataset.transform.is_identity or dataset.gcps[0] or dataset.rpcs:
         return False
     is_pyramid_of_colours = dataset.count in (3, 4) and set(dataset.dtypes) == {"uint8"} and dataset.overviews(1)
-    return bool(is_pyramid_of_colours) if asked is None else asked
+    # Maps of slides have no georeference either, and may have as many bands.
+    return bool(is_pyramid_of_colours) and VERSION_TAG not in dataset.tags() if asked is None else asked
 
 
 def _slide_format(path: str) -> str | None:

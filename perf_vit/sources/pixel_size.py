@@ -18,7 +18,7 @@ from rasterio.errors import CRSError
 from rasterio.warp import transform
 
 from perf_vit.errors import InputError, warn_once
-from perf_vit.sources._gdal import crs_name
+from perf_vit.sources._gdal import GDAL_ERRORS, crs_name
 from perf_vit.types import GeoImage, Source
 
 __all__ = [
@@ -120,7 +120,11 @@ def common_unit(crs_of: Sequence[tuple[str, Any]]) -> Unit:
 
 
 def _utm_zone(crs: Any, place_xy: tuple[float, float]) -> str:
-    (longitude,), (latitude,) = transform(crs, "EPSG:4326", [place_xy[0]], [place_xy[1]])[:2]
+    try:
+        (longitude,), (latitude,) = transform(crs, "EPSG:4326", [place_xy[0]], [place_xy[1]])[:2]
+    except GDAL_ERRORS:
+        # Local grids and other bodies.
+        return "EPSG:CODE"
     if not (math.isfinite(longitude) and math.isfinite(latitude)):
         return "EPSG:CODE"
     zone = math.floor((longitude + 180) / 6) % 60 + 1

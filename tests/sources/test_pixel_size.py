@@ -7,7 +7,7 @@ import pytest
 from affine import Affine
 from rasterio.crs import CRS
 
-from perf_vit.errors import InputError
+from perf_vit.errors import DataWarning, InputError
 from perf_vit.sources import PixelSize, common_unit, open_source, unit_of
 
 METRE = ("metre", 1.0)
@@ -104,3 +104,15 @@ def test_lengths_that_are_other_ones_on_the_ground_are_told(make_scene, recwarn,
     found = [str(one.message) for one in recwarn if "on the ground" in str(one.message)]
     assert len(found) == (told is not None)
     assert told is None or re.search(told, found[0])
+
+
+@pytest.mark.parametrize(("crs", "side", "corner"), [("+proj=longlat +R=1737400", 1e-3, (10, 60)),
+                                                    ("+proj=merc +R=1737400", 60, (300_000, 2_280_000))])  # fmt: skip
+def test_no_zone_of_the_earth_is_advised_on_the_moon(make_scene, crs, side, corner) -> None:
+    path = _scene(make_scene, crs, side, corner)
+    if side < 1:
+        with pytest.raises(InputError, match=r"100 metre, but .* is in degree .*`crs=EPSG:CODE`"):
+            open_source(path, resolution=PixelSize(100, METRE))
+        return
+    with pytest.warns(DataWarning, match=r"pixels of 100 metre .* on the ground .*`crs=EPSG:CODE`"):
+        open_source(path, resolution=PixelSize(100, METRE))
