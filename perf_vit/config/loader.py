@@ -16,7 +16,15 @@ from omegaconf.errors import GrammarParseError, OmegaConfBaseException
 from omegaconf.grammar.gen.OmegaConfGrammarParser import OmegaConfGrammarParser
 from omegaconf.grammar_parser import parse
 
-from perf_vit.config.values import MISSING, build_config, dataclass_in, hints_of, options_of_hint, shown
+from perf_vit.config.values import (
+    MISSING,
+    build_config,
+    dataclass_in,
+    dataclass_of_items,
+    hints_of,
+    options_of_hint,
+    shown,
+)
 from perf_vit.config.yaml_text import MOST_CHARACTERS, NODE_CHARACTERS, load_yaml, takes_text
 from perf_vit.errors import ConfigError, reason_line
 
@@ -358,6 +366,11 @@ def _unknown_keys(config: Mapping[Any, Any], schema: type, prefix: str = "") -> 
         nested = dataclass_in(hints[key])
         if nested is not None and isinstance(value, Mapping):
             yield from _unknown_keys(value, nested, f"{prefix}{key}.")
+        of_items = dataclass_of_items(hints[key])
+        # A single item may stand for a list.
+        for place, item in enumerate(value if isinstance(value, list) else [value]):
+            if of_items is not None and isinstance(item, Mapping):
+                yield from _unknown_keys(item, of_items, f"{prefix}{key}[{place}].")
 
 
 def _unknown_key_message(prefix: str, key: str, known: list[str], schema: type) -> str:

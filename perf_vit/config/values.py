@@ -18,6 +18,7 @@ __all__ = [
     "build_config",
     "check_values",
     "dataclass_in",
+    "dataclass_of_items",
     "hints_of",
     "options_of_hint",
     "shown",
@@ -47,6 +48,12 @@ def options_of_hint(hint: Any) -> tuple[Any, ...]:
 def dataclass_in(hint: Any) -> type | None:
     """Return the dataclass of a type hint, also of `X | None`."""
     return next((each for each in options_of_hint(hint) if _is_dataclass(each)), None)
+
+
+def dataclass_of_items(hint: Any) -> type | None:
+    """Return the dataclass of the items of a list or tuple, also of `list[X] | None`."""
+    lists = (each for each in options_of_hint(hint) if typing.get_origin(each) in (list, tuple))
+    return next((item for each in lists for item in typing.get_args(each) if _is_dataclass(item)), None)
 
 
 def _is_dataclass(hint: Any) -> bool:
@@ -308,7 +315,8 @@ def _items(value: Any, hint: Any, key: str, missing: list[str]) -> Any:
     if is_fixed and len(value) != len(inner):
         raise _MisfitError
     items = inner if is_fixed else [inner[0]] * len(value)
-    converted = [_converted(each, item, key, missing) for each, item in zip(value, items, strict=True)]
+    names = [f"{key}[{place}]" if _is_dataclass(item) else key for place, item in enumerate(items)]
+    converted = [_converted(each, item, name, missing) for each, item, name in zip(value, items, names, strict=True)]
     return tuple(converted) if origin is tuple else converted
 
 

@@ -19,6 +19,7 @@ class Run:
     tiler: Tiler = field(default_factory=Tiler)
     extra: dict[str, int] = field(default_factory=dict)
     region: list[int] | None = None
+    more: list[Tiler] | None = None
 
 
 @pytest.fixture
@@ -57,6 +58,10 @@ def test_a_config_that_extends_itself_is_an_error(write) -> None:
     ("text", "overrides", "message"),
     [
         ("out: x\ntiler: {sizee: 3}", [], "Key 'sizee' not in 'tiler'. Did you mean: 'size'?"),
+        ("out: x\nmore: [{}, {sizee: 3}]", [], "Key 'sizee' not in 'more[1]'. Did you mean: 'size'?"),
+        ("out: x\nmore: {sizee: 3}", [], "Key 'sizee' not in 'more[0]'. Did you mean: 'size'?"),
+        ("out: x\nmore: [{}, {size: 3}]", ["more[1].sizee=3"], "Key 'sizee' not in 'more[1]'. Did you mean: 'size'?"),
+        ("out: x\nmore: [{}, {size: big}]", [], "more[1].size must be a whole number, got 'big'"),
         ("out: x", ["tilr.size=3"], "Key 'tilr' not in the config. Did you mean: 'tiler'?"),
         ("out: x", ["tiler.size=big"], "tiler.size must be a whole number, got 'big'"),
         ("tiler: {}", [], "give out=..."),
