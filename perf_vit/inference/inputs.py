@@ -15,6 +15,7 @@ from pathlib import Path
 import pyarrow.parquet
 
 from perf_vit.errors import DataWarning, InputError, OutputError, reason_line
+from perf_vit.labels.tables import check_number_of_cells
 from perf_vit.sources import (
     GEOTIFF_SUFFIXES,
     PARQUET_SUFFIXES,
@@ -214,7 +215,10 @@ def _read_list(path: Path, path_column: str) -> list[tuple[str, str]]:
             # Spreadsheets write a byte-order mark.
             with path.open(newline="", encoding="utf-8-sig") as file:
                 reader = csv.DictReader(file)
-                names, rows = list(reader.fieldnames or ()), list(reader)
+                names, rows = list(reader.fieldnames or ()), []
+                for row in reader:
+                    check_number_of_cells(row, f"line {reader.line_num} of {path}")
+                    rows.append(row)
     except FileNotFoundError as error:
         raise InputError(f"no such list: {path}") from error
     except (OSError, ValueError, csv.Error, pyarrow.ArrowException) as error:

@@ -12,7 +12,7 @@ from perf_vit.sources import MASK_SUFFIXES, files_below, find_images, is_vector_
 from perf_vit.sources.image_search import image_root
 from perf_vit.types import InputPath
 
-__all__ = ["ImageFolder", "find_label_pairs", "label_files", "read_lines", "vector_files_below"]
+__all__ = ["ImageFolder", "find_label_pairs", "label_files", "read_lines", "vector_files_below", "warn_of_previews"]
 
 
 class ImageFolder:
@@ -50,7 +50,7 @@ class ImageFolder:
             for name in names_of(path)[: 1 if path in previews else None]:
                 self._known.setdefault(str(inside.with_name(name)), set()).add(path)
                 self._known.setdefault(name, set()).add(path)
-        _warn_of_previews(previews, len(found))
+        warn_of_previews(previews, len(found), ", unless labels name them with their ending")
         self._wanted = None if names is None else {self.find(name, "the list of names") for name in names}
 
     def has(self, name: str) -> bool:
@@ -100,11 +100,12 @@ class ImageFolder:
         return [path for path in self.paths if self.wanted(path) and path not in known]
 
 
-def _warn_of_previews(previews: Collection[Path], num_images: int) -> None:
+def warn_of_previews(previews: Collection[Path], num_images: int, unless: str = "") -> None:
+    """Warn about images that are left out as previews, if any; see `previews_among`."""
     if previews:
         warnings.warn(
-            f"{len(previews)} of {num_images} images are taken as previews of the rasters beside them and left out, "
-            f"unless labels name them with their ending, the first {min(previews)}",
+            f"{len(previews)} of {num_images} images are taken as previews of the rasters beside them and left out"
+            f"{unless}, the first {min(previews)}",
             DataWarning,
             stacklevel=4,
         )

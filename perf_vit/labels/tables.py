@@ -5,22 +5,24 @@ from __future__ import annotations
 import csv
 import difflib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from perf_vit.errors import InputError
-from perf_vit.labels.image_folder import ImageFolder
-from perf_vit.sources import find_images
+from perf_vit.labels.image_folder import ImageFolder, warn_of_previews
+from perf_vit.sources import find_images, previews_among
 from perf_vit.sources.image_search import image_root
 from perf_vit.types import InputPath
 
 __all__ = [
     "CsvRow",
     "ImageTargets",
+    "check_number_of_cells",
     "class_index",
     "read_class_folders",
     "read_class_table",
@@ -46,7 +48,7 @@ def read_csv_rows(path: str | Path, columns: Sequence[str]) -> list[CsvRow]:
     """Read the rows of a CSV file, which must have values in all given columns.
 
     Raises:
-        InputError: The file can't be read, lacks a column, has no rows, or a row lacks a value.
+        InputError: The file can't be read, lacks a column, has no rows, or a row lacks a value or has too many.
     """
     names, rows = _read(Path(path))
     missing = [column for column in columns if column not in names]
@@ -56,12 +58,23 @@ def read_csv_rows(path: str | Path, columns: Sequence[str]) -> list[CsvRow]:
         raise InputError(f"{path} has no rows; expected one per image below the header")
     found = []
     for line, row in rows:
+        check_number_of_cells(row, f"line {line} of {path}")
         values = {column: (row[column] or "").strip() for column in columns}
         empty = [column for column, value in values.items() if not value]
         if empty:
             raise InputError(f"line {line} of {path} has no {empty[0]}; fill it in, or leave the row out")
         found.append(CsvRow(f"line {line} of {path}", values))
     return found
+
+
+def check_number_of_cells(row: Mapping[Any, Any], location: str) -> None:
+    """Check that a row of `csv.DictReader` has no values without a column, as a comma for a decimal point gives.
+
+    Raises:
+        InputError: It has; empty cells don't count.
+    """
+    if any(cell and not cell.isspace() for cell in row.get(None) or ()):
+        raise InputError(f"{location} has more cells than there are columns; quote cells with commas")
 
 
 def _read(path: Path) -> tuple[list[str], list[tuple[int, dict[str, str | None]]]]:
@@ -103,7 +116,7 @@ class ImageTargets:
 def read_class_folders(
     images: InputPath, classes: Sequence[str] | None = None, *, allow_missing: bool = False
 ) -> ImageTargets:
-    """Read images in folders named after their class: `folder/class/.../image.tif`.
+    """Read images in folders named after their class, `folder/class/.../image.tif`, without previews of rasters.
 
     Args:
         images: Parent folder of the class folders, glob, or several of these.
@@ -120,7 +133,10 @@ def read_class_folders(
         raise InputError(f"expected a folder with one subfolder per class, got the file {file}; or give labels as CSV")
     # The first folder counts if two contain an image.
     roots = {path: image_root(each) for each in reversed(given) for path in find_images([each])}
-    paths = find_images(given)
+    found = find_images(given)
+    previews = previews_among(found)
+    warn_of_previews(previews, len(found))
+    paths = [path for path in found if path not in previews]
     names = [path.relative_to(roots[path]).parts[0] for path in paths]
     loose = [path for path in paths if path.parent == roots[path]]
     if loose:

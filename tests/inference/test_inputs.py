@@ -101,6 +101,7 @@ def test_a_list_may_have_another_column(tmp_path) -> None:
         ("", "no column path"),
         ("path\n", "got no row"),
         ("path,output\n,x\n", "row 1 has no path"),
+        ("path\na,b.tif\n", r"line 2 of .* has more cells than there are columns; quote cells with commas"),
         (None, "no such list"),
     ],
 )

@@ -19,7 +19,7 @@ from perf_vit.data import (
 )
 from perf_vit.data.classification_tiles import ClassificationTiles
 from perf_vit.data.splits import HoldOutConfig, split_items
-from perf_vit.errors import ConfigError, InputError
+from perf_vit.errors import ConfigError, DataWarning, InputError
 from perf_vit.labels.tables import ImageTargets, read_class_folders, read_class_table, read_target_table
 from perf_vit.transforms import Augmentation, Normalizer
 
@@ -52,6 +52,13 @@ def test_folders_give_classes_by_name_with_all_images_below(root) -> None:
     assert found.names == ("land", "sea")
     assert [Path(path).name for path in found.paths] == ["a.png", "c.png", "b.png", "d.png"]
     assert found.targets.tolist() == [0, 0, 1, 1]
+
+
+def test_previews_of_rasters_are_no_images_of_a_class(root) -> None:
+    save_image(root / "sea" / "b.tif")
+    with pytest.warns(DataWarning, match=r"1 of 5 images are taken as previews .* left out, the first .*b\.png"):
+        found = read_class_folders(root)
+    assert [Path(path).name for path in found.paths] == ["a.png", "c.png", "b.tif", "d.png"]
 
 
 def test_classes_given_decide_the_indices(root) -> None:
@@ -88,6 +95,7 @@ def test_a_table_names_images_by_path_name_or_stem(root) -> None:
         (["image,label", "a,"], "line 2 of .* has no label"),
         (["image,label"], "has no rows"),
         (["image,kind", "a,wet"], "has no column label; its columns are image, kind"),
+        (["image,label", "b,dry,", "a,wet,5"], "line 3 of .* has more cells than there are columns; quote cells"),
         (["image,label", "a,wett"], r"did you mean wet\?"),
     ],
 )

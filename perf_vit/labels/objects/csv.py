@@ -8,6 +8,7 @@ from pathlib import Path
 from perf_vit.errors import InputError
 from perf_vit.labels.image_folder import ImageFolder
 from perf_vit.labels.objects.records import LabelOptions, RawImage, RawLabels, RawObject, register_label_format
+from perf_vit.labels.tables import check_number_of_cells
 
 __all__ = ["read_table"]
 
@@ -57,8 +58,7 @@ def _add(
     columns: tuple[str, str],
     line: int,
 ) -> None:
-    if None in row:
-        raise InputError(f"line {line} of {labels} has more cells than there are columns; quote cells with commas")
+    check_number_of_cells(row, f"line {line} of {labels}")
     path = folder.find(row[columns[0]] or "", f"line {line} of {labels}")
     if not folder.wanted(path):
         return
