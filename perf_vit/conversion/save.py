@@ -20,12 +20,14 @@ from torch import Tensor, nn
 from perf_vit._version import __version__
 from perf_vit.conversion.linearize import Conversion, convert_in_place, convertible_layers, find_vit
 from perf_vit.conversion.weights import (
+    ENHANCEMENT,
     check_file_arguments,
     create_with_weights,
     is_model,
     pretrained_cfg_of_file,
     read_weights,
     weights_file,
+    without_classifier,
 )
 from perf_vit.errors import CheckpointError, OutputError, parsing, reason_line
 from perf_vit.layers import current_draw, redraw_projections
@@ -47,7 +49,6 @@ __all__ = [
 ]
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"
-ENHANCEMENT = "local_enhancement.safetensors"
 CONFIG_KEY = "perf_vit"
 """Key of the conversion in timm's config."""
 
@@ -307,6 +308,10 @@ def _build(
     kwargs = {"pretrained_cfg": pretrained_cfg_of_file(config.get("pretrained_cfg")), **args, **timm_kwargs}
     if weights is None:
         return timm.create_model(name, pretrained=False, **kwargs)
+    if CONFIG_KEY not in config and (kwargs.get("features_only") or kwargs.get("num_classes") == 0):
+        # timm checks all names if the weights and the model have as many classes.
+        kwargs["num_classes"] = 0
+        return create_with_weights(name, without_classifier(name, weights), origin, {"num_classes": 0}, **kwargs)
     return create_with_weights(name, weights, origin, **kwargs)
 
 

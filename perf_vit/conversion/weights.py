@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ __all__ = [
     "read_weights",
     "stored_folder",
     "weights_file",
+    "without_classifier",
 ]
 
 
@@ -37,6 +39,7 @@ def is_model(name: str) -> bool:
 
 
 _HUB, _FOLDER = ("hf-hub:", "hf_hub:"), ("local-dir:", "local_dir:")
+ENHANCEMENT = "local_enhancement.safetensors"
 _WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 
 
@@ -70,6 +73,9 @@ def _fetched(name: str) -> Path:
         try:
             config = hf_hub_download(model, "config.json", revision=revision or None)
             hf_hub_download(model, weights, revision=revision or None)
+            # Only conversions with a local enhancement have it.
+            with suppress(HfHubHTTPError, OSError):
+                hf_hub_download(model, ENHANCEMENT, revision=revision or None)
             return Path(config).parent
         # Without network, and without the file in the cache, there is an OSError.
         except (HfHubHTTPError, HFValidationError, OSError) as error:
@@ -212,6 +218,14 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
         name.removeprefix("module."): value.float() if value.is_floating_point() else value
         for name, value in content.items()
     }
+
+
+def without_classifier(name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights of a timm model without those of its classifier."""
+    cfg = timm.get_pretrained_cfg(name)
+    classifier = () if cfg is None or cfg.classifier is None else cfg.classifier
+    names = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
+    return {key: value for key, value in weights.items() if not key.startswith(names)}
 
 
 def create_with_weights(

@@ -23,6 +23,7 @@ from perf_vit.conversion.weights import (
     is_model,
     read_weights,
     stored_folder,
+    without_classifier,
 )
 from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.models.valid_tokens import with_key_mask
@@ -249,10 +250,7 @@ def _built(
     if config.weights is None:
         model: nn.Module = timm.create_model(config.backbone, pretrained=config.pretrained, **options)
         return model
-    cfg = timm.get_pretrained_cfg(config.backbone)
-    classifier = () if cfg is None or cfg.classifier is None else cfg.classifier
-    classifiers = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
-    weights = {name: value for name, value in read_weights(config.weights).items() if not name.startswith(classifiers)}
+    weights = without_classifier(config.backbone, read_weights(config.weights))
     # With as many classes in the config of the weights, timm checks all names.
     return create_with_weights(
         config.backbone, weights, config.weights, {"num_classes": 0}, **{**options, "num_classes": 0}

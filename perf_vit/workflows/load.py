@@ -12,6 +12,7 @@ from torch import nn
 
 from perf_vit.conversion import load_converted, load_softmax
 from perf_vit.conversion.save import CONFIG, is_converted
+from perf_vit.conversion.weights import weights_file
 from perf_vit.distributed import own_device
 from perf_vit.errors import CheckpointError, ConfigError, extra, reason_line
 
@@ -97,18 +98,28 @@ def _checked_file(path: Path) -> Path:
 
 def _download(name: str) -> Path:
     """The folder of a model on the hub, downloaded unless it is in the cache."""
+    folder = _snapshot(name, [CONFIG, "*.safetensors"])
+    if not (folder / CONFIG).is_file():
+        raise CheckpointError(f"{name} on the Hugging Face hub holds no {CONFIG}, so it is no model")
+    if not weights_file(folder).is_file():
+        folder = _snapshot(name, [CONFIG, "pytorch_model.bin"])
+    if not weights_file(folder).is_file():
+        raise CheckpointError(
+            f"{name} on the Hugging Face hub holds neither model.safetensors nor pytorch_model.bin, so there are no "
+            "weights to load"
+        )
+    return folder
+
+
+def _snapshot(name: str, wanted: list[str]) -> Path:
     from huggingface_hub import snapshot_download
 
     repository, _, revision = name.partition("@")
-    wanted: Any = [CONFIG, "*.safetensors"]
     try:
-        folder = Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
+        return Path(snapshot_download(repository, revision=revision or None, allow_patterns=wanted))
     # Each way of downloading has errors of its own.
     except Exception as error:
         raise ConfigError(f"can't get {name} from the Hugging Face hub: {reason_line(error)}") from error
-    if not (folder / CONFIG).is_file():
-        raise CheckpointError(f"{name} on the Hugging Face hub holds no {CONFIG}, so it is no model")
-    return folder
 
 
 @contextmanager

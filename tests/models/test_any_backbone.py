@@ -14,11 +14,14 @@ from perf_vit.errors import CheckpointError, ConfigError, OptionError
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.models import (
     CHECKPOINT_KEY,
+    ClassificationModelConfig,
+    ClassificationSpec,
     DetectionModelConfig,
     DetectionSpec,
     SegmentationModelConfig,
     SegmentationSpec,
     SlideClassificationModelConfig,
+    build_classifier,
     build_detector,
     build_segmenter,
     check_not_random,
@@ -31,6 +34,9 @@ from perf_vit.transforms import Normalizer
 
 VIT = {"depth": 3, "embed_dim": 32, "num_heads": 2}
 SPEC = SegmentationSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=64)
+OF_IMAGES = ClassificationSpec(
+    classes=SPEC.classes, normalizer=SPEC.normalizer, tile_px=SPEC.tile_px, kind="single_label"
+)
 SWIN = "swin_tiny_patch4_window7_224"
 SMALL_SWIN = {"depths": [1, 1, 1, 1], "embed_dim": 24, "num_heads": [1, 2, 2, 2]}
 
@@ -197,6 +203,20 @@ def test_a_folder_in_the_format_of_the_hub_is_a_backbone(prefix: str, tmp_path: 
     image = torch.randn(1, 3, 64, 64)
     with torch.no_grad():
         assert torch.equal(load_segmenter(path)(image), model(image))
+
+
+@pytest.mark.parametrize("task", ["segmentation", "classification"])
+def test_weights_of_a_folder_that_lack_a_block_are_refused(task: str, tmp_path: Path) -> None:
+    given = hub_folder(tmp_path)
+    kept = {name: value for name, value in given.state_dict().items() if not name.startswith("blocks.2.")}
+    build, config, spec = {
+        "segmentation": (build_segmenter, SegmentationModelConfig(backbone=str(tmp_path), head="linear"), SPEC),
+        "classification": (build_classifier, ClassificationModelConfig(backbone=str(tmp_path)), OF_IMAGES),
+    }[task]
+    build(config, spec)
+    save_file(kept, tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"doesn't fit vit_tiny_patch16_224: missing blocks\.2\..* and \d+ more"):
+        build(config, spec)
 
 
 def test_a_model_of_the_hub_is_a_backbone(tmp_path: Path, monkeypatch) -> None:

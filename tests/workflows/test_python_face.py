@@ -1,5 +1,6 @@
 """The Python calls: what they take, what they give and what they refuse."""
 
+import shutil
 import subprocess
 import sys
 import traceback
@@ -99,6 +100,30 @@ def test_a_model_of_the_hub_is_loaded_from_the_cache(converted, tmp_path, monkey
     assert all(torch.equal(value, expected.state_dict()[name]) for name, value in loaded.state_dict().items())
     with pytest.raises(ConfigError, match="can't get owner/other from the Hugging Face hub"):
         perf_vit.load("hf-hub:owner/other")
+
+
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin", None])
+def test_a_model_of_the_hub_may_have_weights_of_torch(tmp_path, monkeypatch, weights) -> None:
+    model = timm.create_model("test_vit", num_classes=3)
+    timm.models.save_for_hf(model, tmp_path / "hub", safe_serialization="both")
+    for file in (tmp_path / "hub").iterdir():
+        if file.name not in ("config.json", weights):
+            file.unlink()
+
+    def fetched(repository: str, revision: str | None, allow_patterns: list[str]) -> str:
+        (tmp_path / "cache").mkdir(exist_ok=True)
+        for file in (tmp_path / "hub").iterdir():
+            if any(file.match(pattern) for pattern in allow_patterns):
+                shutil.copy(file, tmp_path / "cache")
+        return str(tmp_path / "cache")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fetched)
+    if weights is None:
+        with pytest.raises(CheckpointError, match=r"holds neither model\.safetensors nor pytorch_model\.bin"):
+            perf_vit.load("hf-hub:owner/vit")
+    else:
+        loaded = perf_vit.load("hf-hub:owner/vit").state_dict()
+        assert all(torch.equal(value, loaded[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("name", ["nothing.ckpt", "nothing", "empty"])
