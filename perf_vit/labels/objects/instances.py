@@ -11,7 +11,8 @@ from perf_vit.errors import InputError
 from perf_vit.labels.image_folder import ImageFolder
 from perf_vit.labels.objects.masks import InstanceMasks
 from perf_vit.labels.objects.records import LabelOptions, RawImage, RawLabels, RawObject, register_label_format
-from perf_vit.sources import open_raster
+from perf_vit.sources import MASK_SUFFIXES, open_raster
+from perf_vit.sources.files import RASTER_SUFFIXES
 
 __all__ = ["read_instances"]
 
@@ -27,11 +28,17 @@ def read_instances(labels: Path, folder: ImageFolder, options: LabelOptions) -> 
 
     Raises:
         ConfigError: There are several classes.
-        InputError: A mask has no image, several bands, or values that are not integers.
+        InputError: A mask has no image, several bands, values that are not integers, or is a JPEG.
     """
     options.require_one_class("labels of the format instances")
     name = options.first_class
     masks = ImageFolder(labels)
+    lossy = [mask for mask in masks.paths if mask.suffix.lower() in RASTER_SUFFIXES - MASK_SUFFIXES]
+    if lossy:
+        raise InputError(
+            f"{len(lossy)} of {len(masks.paths)} masks in {labels} are JPEGs, which changes values and makes objects "
+            f"of them, the first {lossy[0]}; write masks as PNG or TIFF"
+        )
     root = labels if labels.is_dir() else labels.parent
     pairs = [(folder.find(str(mask.relative_to(root).with_suffix("")), str(mask)), mask) for mask in masks.paths]
     return RawLabels([_image(image, mask, name) for image, mask in pairs if folder.wanted(image)], (name,))

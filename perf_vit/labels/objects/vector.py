@@ -20,6 +20,7 @@ from perf_vit.sources import open_source, split_layer
 from perf_vit.sources._gdal import check_exists, crs_name
 from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.vector_file import read_features, slide_frame
+from perf_vit.text import number_text
 from perf_vit.types import Source
 
 __all__ = ["PolygonFile", "read_polygons"]
@@ -164,7 +165,10 @@ def _image(path: Path, file: PolygonFile, name: str, used: set[int] | None = Non
 
 
 def _name(value: Any) -> str:
-    return "null" if value is None or value != value else str(value)
+    if value is None or value != value:
+        return "null"
+    # With a null in the column, whole numbers are read as 1.0.
+    return number_text(float(value)) if isinstance(value, float | np.floating) else str(value)
 
 
 def _meeting(polygons: Any, size: tuple[int, int]) -> list[int]:

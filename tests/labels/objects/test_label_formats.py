@@ -242,6 +242,12 @@ def test_instance_masks_keep_values_with_gaps(tmp_path, images) -> None:
     assert len(_only(index, 1).masks.read_crops(np.zeros(0, np.int64), window)) == 0
 
 
+def test_a_mask_of_jpeg_is_an_error(tmp_path, images) -> None:
+    write_mask(tmp_path / "masks" / "a.jpg", np.zeros((40, 60), np.uint8))
+    with pytest.raises(InputError, match=r"1 of 1 masks in .* are JPEGs, which changes values .*; write masks as PNG"):
+        read_object_labels(tmp_path / "masks", images, label_format="instances")
+
+
 def test_a_mask_of_colours_is_an_error(tmp_path, images) -> None:
     write_image(tmp_path / "masks" / "a.png")
     with pytest.raises(InputError, match="one band of integers, one value per object, got 3 bands"):
@@ -290,6 +296,15 @@ def test_polygons_on_a_raster_are_placed_by_crs(tmp_path, make_scene) -> None:
     assert record.boxes_xyxy[0] == pytest.approx([10, 20, 30, 40], abs=0.02)
     assert index.class_counts() == {"house": 1}
     assert record.masks.read(np.arange(1), record.extent)[0, 20:40, 10:30].all()
+
+
+def test_class_numbers_of_polygons_stay_whole_where_others_are_null(tmp_path, images) -> None:
+    square = shapely.geometry.mapping(shapely.box(5, 6, 15, 26))
+    kinds = [1, 2.5, None]
+    features = [{"type": "Feature", "properties": {"kind": kind}, "geometry": square} for kind in kinds]
+    (tmp_path / "a.geojson").write_text(json.dumps({"type": "FeatureCollection", "features": features}))
+    index = read_object_labels(tmp_path / "a.geojson", images / "a.png", label_format="polygons", attribute="kind")
+    assert index.class_counts() == {"1": 1, "2.5": 1, "null": 1}
 
 
 def test_polygons_on_a_plain_image_are_pixels(tmp_path, images) -> None:
