@@ -214,8 +214,13 @@ def _open_images(
             f"data.val has images of {val.num_bands} bands, data.train of {train.num_bands}; choose common ones with "
             "data.bands"
         )
-    if config.val is not None:
-        warn_of_shared_places(*([(one, one.extent) for one in images.sources] for images in (train, val)))
+    places = ([(one, one.extent) for one in images.sources] for images in (train, val))
+    hint = (
+        "choose other images for one of them"
+        if config.val
+        else "hold out images of a place together, by data.group_column"
+    )
+    warn_of_shared_places(*places, hint=hint)
     if not config.resize:
         warn_of_mixed_mpp([*train.sources, *val.sources], "write them at one pixel size, or give data.resize")
     return train, val
@@ -227,7 +232,7 @@ def _split(labelled: ImageTargets, config: ImageDataConfig, seed: int) -> tuple[
     groups = None if column is None else read_groups(config.train.labels, column)
     if config.val is not None:
         if column is not None and groups is not None:
-            check_groups_apart(groups, read_groups(config.val.labels, column), column)
+            check_groups_apart(groups, read_groups(config.val.labels, column, "val"), column)
         return labelled, read_image_targets(config, config.val, names=labelled.names, allow_missing=True)
     kinds = labelled.targets.astype(np.int64) if labelled.targets.ndim == 1 else None
     key = f"data.group_column {column}"

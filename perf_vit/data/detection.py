@@ -217,8 +217,11 @@ def _open_images(
         DetectionImages(index.records, open_input=_opener(config, mpp), min_visible=config.min_visible)
         for index, mpp in ((train_index, _training_mpp(config)), (val_index, config.mpp))
     )
-    if config.val is not None:
-        warn_of_shared_places(*([(one, one.extent) for one in images.sources] for images in (train, val)))
+    places = ([(one, one.extent) for one in images.sources] for images in (train, val))
+    hint = (
+        "choose other images for one of them" if config.val else "hold out images of a place together, by data.groups"
+    )
+    warn_of_shared_places(*places, hint=hint)
     for index, part in ((train_index, "train"), (val_index, "val")):
         _check_objects(index, part)
     if config.mpp is None:

@@ -188,7 +188,8 @@ def read_slides(config: SlideClassificationDataConfig, seed: int) -> tuple[Slide
         if common:
             raise ConfigError(f"{common[0]} is in both data.train and data.val; keep it in one of them")
         if config.group_column is not None:
-            given, others = (read_groups(part.labels, config.group_column) for part in (config.train, config.val))
+            given = read_groups(config.train.labels, config.group_column)
+            others = read_groups(config.val.labels, config.group_column, "val")
             check_groups_apart(given, others, config.group_column)
         return train, val
     column = config.group_column

@@ -157,7 +157,12 @@ def _class_counts(
     return counts, members
 
 
-def warn_of_shared_places(train: Iterable[tuple[Source, Window]], val: Iterable[tuple[Source, Window]]) -> None:
+def warn_of_shared_places(
+    train: Iterable[tuple[Source, Window]],
+    val: Iterable[tuple[Source, Window]],
+    *,
+    hint: str = "choose other images or regions for one of them",
+) -> None:
     """Warn if pixels to validate on are also trained on.
 
     Places are compared by their coordinates in files that have the same CRS, and by pixels of the same file otherwise.
@@ -165,6 +170,7 @@ def warn_of_shared_places(train: Iterable[tuple[Source, Window]], val: Iterable[
     Args:
         train: Images and the windows of them to train on.
         val: The same for validation.
+        hint: What to do.
     """
     trained, validated = _by_system(train), _by_system(val)
     total = sum(float(area) for _, _, areas in validated.values() for area in areas)
@@ -181,7 +187,7 @@ def warn_of_shared_places(train: Iterable[tuple[Source, Window]], val: Iterable[
     if first:
         warnings.warn(
             f"{max(1, round(100 * shared / total))} % of data.val is also in data.train, the first {first}, so "
-            "validation scores will be too good; choose other images or regions for one of them",
+            f"validation scores will be too good; {hint}",
             DataWarning,
             stacklevel=3,
         )
@@ -228,15 +234,15 @@ def _place(source: Source, window: Window) -> tuple[str, shapely.Polygon]:
     return str(source.crs), shapely.Polygon([source.transform @ corner for corner in corners])
 
 
-def read_groups(table: str | Path | None, column: str) -> list[str]:
-    """Read the group of each row of a CSV file.
+def read_groups(table: str | Path | None, column: str, part: str = "train") -> list[str]:
+    """Read the group of each row of the CSV file `data.PART.labels`.
 
     Raises:
         ConfigError: There is no file.
         InputError: The file can't be read, lacks the column, or a row lacks a value.
     """
     if table is None:
-        raise ConfigError(f"data.group_column {column} is a column of a CSV file of labels; give data.train.labels")
+        raise ConfigError(f"data.group_column {column} is a column of a CSV file of labels; give data.{part}.labels")
     return [row.values[column] for row in read_csv_rows(table, [column])]
 
 

@@ -1,19 +1,30 @@
 """What is held out for validation: groups such as patients are never divided, folds hold out each item once."""
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import rasterio
 from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from perf_vit.data import SlideClassificationDataConfig, SlideClassificationSplitConfig
+from perf_vit.data import (
+    ClassificationDataConfig,
+    ClassificationSplitConfig,
+    DetectionDataConfig,
+    DetectionSplitConfig,
+    SlideClassificationDataConfig,
+    SlideClassificationSplitConfig,
+    build_classification_datamodule,
+    build_detection_datamodule,
+)
 from perf_vit.data.bags import read_slide_table
 from perf_vit.data.slide_classification import read_slides
 from perf_vit.data.splits import HoldOutConfig, split_groups, split_items, warn_of_shared_places
-from perf_vit.errors import ConfigError, InputError
+from perf_vit.errors import ConfigError, DataWarning, InputError
 from perf_vit.types import Window
 
 ITEMS = st.lists(st.tuples(st.integers(0, 7), st.integers(0, 2)), min_size=2, max_size=60)
@@ -217,6 +228,46 @@ def test_a_fold_with_all_images_of_a_class_is_told() -> None:
         told += [str(one.message) for one in caught]
     assert len(told) == 1
     assert "holds all images of 1 of 2 classes" in told[0]
+
+
+def write_images(folder: Path, step: float) -> Path:
+    """Four rasters of 40 x 40 m, `step` m apart, a table with a class and a box each."""
+    folder.mkdir(exist_ok=True)
+    rows = ["image,label,group,xmin,ymin,xmax,ymax"]
+    profile = {"driver": "GTiff", "height": 40, "width": 40, "count": 3, "dtype": "uint8", "crs": "EPSG:32636"}
+    for number in range(4):
+        place = Affine(1, 0, 5e5 + step * number, 0, -1, 4e6)
+        with rasterio.open(folder / f"{number}.tif", "w", transform=place, **profile) as file:
+            file.write(np.random.default_rng(number).integers(1, 255, (3, 40, 40)).astype(np.uint8))
+        rows.append(f"{number}.tif,{'ab'[number % 2]},g{number // 2},5,6,20,22")
+    (folder / "table.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def build(task: str, folder: Path) -> object:
+    part = {"image": str(folder), "labels": str(folder / "table.csv")}
+    given = {"tile_px": 32, "batch_size": 1, "val_share": 0.5, "mean": [0.0] * 3, "std": [1.0] * 3}
+    if task == "detection":
+        train = DetectionSplitConfig(label_format="csv", **part)
+        return build_detection_datamodule(DetectionDataConfig(train=train, classes=["a", "b"], **given), 0)
+    train = ClassificationSplitConfig(**part)
+    return build_classification_datamodule(ClassificationDataConfig(train=train, **given), 0)
+
+
+@pytest.mark.parametrize(("task", "key"), [("classification", "group_column"), ("detection", "groups")])
+def test_held_out_images_of_places_that_are_trained_on_are_told(tmp_path: Path, task: str, key: str) -> None:
+    with pytest.warns(DataWarning, match=rf"\d+ % of data\.val is also in data\.train, .* by data\.{key}"):
+        build(task, write_images(tmp_path, step=20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DataWarning)
+        build(task, write_images(tmp_path, step=50))
+
+
+def test_groups_without_a_table_name_the_part_that_lacks_it(tmp_path: Path) -> None:
+    train = ClassificationSplitConfig(image=str(write_images(tmp_path, 50)), labels=str(tmp_path / "table.csv"))
+    config = ClassificationDataConfig(train=train, val=replace(train, labels=None), group_column="group")
+    with pytest.raises(ConfigError, match=r"group is a column of a CSV file of labels; give data\.val\.labels"):
+        build_classification_datamodule(config, 0)
 
 
 def test_the_one_place_of_many_that_is_shared_is_found() -> None:
