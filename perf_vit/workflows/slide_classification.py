@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing, suppress
 from dataclasses import dataclass, replace
@@ -67,9 +68,9 @@ _EMBEDDINGS = "embeddings"
 _WINDOWS = "windows"
 """Folder of the windows of a run that trains through the encoder."""
 
-_STATISTICS_PX = 1024
-# Slides that stand for all where only the range of colours is measured.
-_RANGE_SLIDES = 8
+_STATISTICS_PX = 256
+# Slides that stand for all in statistics, and where only the range of colours is measured.
+_STATISTICS_SLIDES, _RANGE_SLIDES = 128, 8
 
 
 @dataclass(frozen=True)
@@ -406,7 +407,7 @@ def _spec(config: SlideClassificationRun, train: SlideTargets) -> SlideClassific
         # Those that the encoder knows: they don't depend on the slides, so features stay valid when there are more.
         normalizer = pretrained_statistics(config.model.backbone)
     else:
-        first, images = _reduced(train.paths, options)
+        first, images = _reduced(train.paths[:: -(-len(train) // _STATISTICS_SLIDES)], options)
         normalizer = Normalizer.from_images(images, first.band_names)
     return SlideClassificationSpec.from_data_config(
         data,
@@ -428,7 +429,10 @@ def _warn_of_mixed_mpp(paths: Sequence[str], options: InputOptions) -> None:
 
 
 def _reduced(paths: Sequence[str], options: InputOptions) -> tuple[Source, list[GeoImage]]:
-    """The first slide that can be read, closed, and overviews of all that can; embedding reports the others."""
+    """The first slide, closed, and overviews of all, without those that can't be read or have other bands than most.
+
+    Embedding reports these.
+    """
     found: list[tuple[Source, GeoImage]] = []
     errors: list[Exception] = []
     for path in paths:
@@ -439,4 +443,6 @@ def _reduced(paths: Sequence[str], options: InputOptions) -> tuple[Source, list[
             errors.append(error)
     if not found:
         raise errors[0]
-    return found[0][0], [image for _, image in found]
+    num_bands = Counter(source.num_bands for source, _ in found).most_common(1)[0][0]
+    alike = [(source, image) for source, image in found if source.num_bands == num_bands]
+    return alike[0][0], [image for _, image in alike]

@@ -5,13 +5,16 @@ import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import rasterio
 import torch
 from small_models import save_slide_classifier
 from synthetic_slide import make_slide
 
 from perf_vit.errors import DataWarning, InputError
 from perf_vit.inference import SlideClassificationPredictOptions, SlideClassificationPredictor
+from perf_vit.types import InputOptions
 from perf_vit.workflows import slide_classification, train
 from perf_vit.workflows.slide_classification import (
     SlideClassificationEvaluateOptions,
@@ -62,6 +65,18 @@ def test_features_of_another_version_of_tissue_detection_are_others(run, slides,
     monkeypatch.setattr(slide_classification, "TISSUE_VERSION", slide_classification.TISSUE_VERSION + 1)
     evaluate(run, slides)
     assert len(features(run) - before) == len(before) == 2
+
+
+def test_statistics_are_those_of_slides_with_the_bands_of_most(tmp_path) -> None:
+    (tmp_path / "broken.tif").write_text("no image")
+    for name, num_bands in (("a", 4), ("b", 2), ("c", 2)):
+        profile = {"driver": "GTiff", "height": 500, "width": 400, "count": num_bands, "dtype": "uint16"}
+        with rasterio.open(tmp_path / f"{name}.tif", "w", **profile) as file:
+            file.write(np.full((num_bands, 500, 400), 7, np.uint16))
+    paths = [str(tmp_path / f"{name}.tif") for name in ("broken", "a", "b", "c")]
+    first, images = slide_classification._reduced(paths, InputOptions())
+    assert Path(first.path).stem == "b"
+    assert [image.pixels.shape for image in images] == [(2, 256, 205)] * 2
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])
