@@ -315,6 +315,9 @@ def _read(path: Path, tasks: tuple[str, ...] = ()) -> dict[str, Any]:
     with parsing(path, "a checkpoint", CheckpointError):
         content = torch.load(path, map_location="cpu", weights_only=True)
     if not isinstance(content, dict) or CHECKPOINT_KEY not in content:
+        student = path.parent.parent / "student"
+        if student.is_dir():
+            raise CheckpointError(f"{path} is of a distillation, whose model is its student; give {student}")
         raise CheckpointError(f"{path} is not a perf_vit checkpoint; give a .ckpt file that `perf-vit train` wrote")
     if not isinstance(content[CHECKPOINT_KEY], dict) or not isinstance(content.get("state_dict"), dict):
         raise CheckpointError(f"{path} is damaged: it lacks weights or metadata; copy the file again")

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import geopandas as gpd
@@ -7,6 +8,7 @@ import pytest
 import rasterio
 import shapely
 import timm
+import torch
 from command_line import call
 from small_models import save_segmenter
 from synthetic_slide import make_slide
@@ -16,7 +18,8 @@ from perf_vit.errors import InputError
 from perf_vit.labels import open_labels
 from perf_vit.models import checkpoint_task, load_segmenter
 from perf_vit.sources import describe_source, open_source
-from perf_vit.workflows.info import describe_file, estimate_workload, workload
+from perf_vit.types import Window
+from perf_vit.workflows.info import Workload, describe_file, estimate_workload, workload
 from perf_vit.writers import CogWriter, RasterLayout, write_objects
 
 
@@ -138,6 +141,42 @@ def test_a_run_folder_is_a_model(tmp_path, make_scene, capsys) -> None:
     assert call(["info", make_scene(dtype="uint8"), "--model", tmp_path / "run"]) == 0
     assert "windows" in capsys.readouterr().out
     assert load_segmenter(tmp_path / "run").task == checkpoint_task(tmp_path / "run") == "segmentation"
+
+
+def test_a_distilled_run_is_its_student_and_its_checkpoint_names_it(tmp_path, capsys) -> None:
+    run = tmp_path / "run"
+    student = timm.create_model("test_vit", num_classes=3)
+    timm.models.save_for_hf(student, run / "student", safe_serialization=True)
+    (run / "checkpoints").mkdir()
+    torch.save({"state_dict": student.state_dict(), "epoch": 1}, run / "checkpoints" / "best.ckpt")
+    (run / "metrics.csv").write_text("epoch,lr,val/patch_cosine\n1,0.01,0.25\n")
+    found = told(capsys, run)
+    assert (found["kind"], found["backbone"], found["epochs_done"]) == ("model of timm", "test_vit", 1)
+    assert found["last_scores"] == {"val/patch_cosine": 0.25}
+    assert call(["info", run / "checkpoints" / "best.ckpt"]) == 2
+    assert f"best.ckpt is of a distillation, whose model is its student; give {run / 'student'}" in " ".join(
+        capsys.readouterr().err.split()
+    )
+
+
+def workload_of(monkeypatch, source, checkpoint: Path, **spec) -> Workload:
+    model = load_segmenter(checkpoint)
+    model.spec = replace(model.spec, **spec)
+    monkeypatch.setattr(workload, "load_segmenter", lambda path: model)
+    return estimate_workload(source, str(checkpoint))
+
+
+def test_work_is_that_of_what_the_model_reads(tmp_path, make_scene, monkeypatch) -> None:
+    checkpoint = save_segmenter(tmp_path / "best.ckpt")
+    slide = make_slide(tmp_path / "slide.tif", 320, 640, mpp=0.25)
+    for given, tokens in (({}, 5 * 10), ({"mpp": 0.5}, 10 * 20)):
+        with open_source(slide, **given) as source:
+            assert workload_of(monkeypatch, source, checkpoint, mpp=1.0).num_tokens == tokens
+            assert source.read(Window(0, 0, 1, 1)).valid.all()
+    with open_source(make_scene(height=64, width=64, num_bands=4)) as source:
+        assert workload_of(monkeypatch, source, checkpoint, bands=(1, 2, 3)).num_tokens == 16
+        with pytest.raises(InputError, match=r"the model was trained on 3 bands, .* has 4"):
+            workload_of(monkeypatch, source, checkpoint)
 
 
 def test_vectors_and_coco_files_are_described(tmp_path, make_scene, capsys) -> None:

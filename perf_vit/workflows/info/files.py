@@ -92,10 +92,6 @@ def describe_file(path: str) -> FileDescription | None:
 
 def _describe_folder(path: str) -> FileDescription | None:
     folder = Path(path)
-    best = folder / "checkpoints" / "best.ckpt"
-    if best.is_file():
-        facts = {**_checkpoint_facts(best), **_run_facts(folder)}
-        return FileDescription(path=path, kind="run folder", facts=facts)
     for place in (folder / "student", folder):
         if (place / CONFIG).is_file():
             with parsing(place / CONFIG, "JSON", CheckpointError):
@@ -104,7 +100,12 @@ def _describe_folder(path: str) -> FileDescription | None:
                 continue
             known = {"backbone": config.get("architecture"), "classes": config.get("num_classes")}
             kind = "converted model" if is_converted(place) else "model of timm"
-            return FileDescription(path=path, kind=kind, facts={**known, "conversion": config.get("perf_vit")})
+            facts = {**known, "conversion": config.get("perf_vit"), **_run_facts(folder)}
+            return FileDescription(path=path, kind=kind, facts=facts)
+    best = folder / "checkpoints" / "best.ckpt"
+    if best.is_file():
+        facts = {**_checkpoint_facts(best), **_run_facts(folder)}
+        return FileDescription(path=path, kind="run folder", facts=facts)
     return None
 
 

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from perf_vit.conversion.linearize import convertible_layers, max_exact_side
 from perf_vit.conversion.weights import is_model
 from perf_vit.errors import ConfigError, OptionError
-from perf_vit.models import load_segmenter
+from perf_vit.models import InputCheck, load_segmenter
 from perf_vit.tiling import grid_windows
 from perf_vit.types import Source
 from perf_vit.workflows.load import find_model
@@ -31,7 +31,7 @@ class Workload:
 
     Attributes:
         model: Name of the model.
-        patch_px: Side of a patch in pixels of the source.
+        patch_px: Side of a patch in pixels of the source, which a checkpoint reads with its bands and pixel size.
         num_tokens: Number of patches of the whole source.
         window_size: Side of a window in pixels.
         overlap: Pixels that neighbouring windows share.
@@ -66,12 +66,30 @@ def estimate_workload(source: Source, model: str, window_size: int | None = None
 
     Raises:
         ConfigError: The model doesn't fit the source.
+        InputError: The source lacks bands or the pixel size that the checkpoint reads.
         OptionError: There is no such model.
         CheckpointError: The file is not a checkpoint.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    load = _checkpoint if model.endswith(".ckpt") or Path(model).is_dir() else _backbone
-    network, forward, patch_px, size = load(model, source.num_bands, window_size, device)
+    if not (model.endswith(".ckpt") or Path(model).is_dir()):
+        return _workload(source, model, _backbone(model, source.num_bands, window_size, device), device)
+    network = load_segmenter(find_model(model)).to(device)
+    patch_px = network.size_multiple
+    timed = network, network, patch_px, _whole_patches(window_size or network.spec.tile_px, patch_px)
+    # As prediction reads it: the bands and the pixel size of the training.
+    seen = network.spec.open(source, check=InputCheck(None))
+    try:
+        return _workload(seen, model, timed, device)
+    finally:
+        if seen is not source:
+            seen.close()
+
+
+_Timed: TypeAlias = tuple[nn.Module, Callable[[torch.Tensor], Any], int, int]
+
+
+def _workload(source: Source, model: str, timed: _Timed, device: str) -> Workload:
+    network, forward, patch_px, size = timed
     side = max_exact_side(network)
     overlap = size // 4
     num_windows = len(grid_windows(source.extent, size, overlap))
@@ -91,22 +109,7 @@ def estimate_workload(source: Source, model: str, window_size: int | None = None
     )
 
 
-def _checkpoint(
-    path: str, num_bands: int, window_size: int | None, device: str
-) -> tuple[nn.Module, Callable[[torch.Tensor], Any], int, int]:
-    model = load_segmenter(find_model(path)).to(device)
-    expected = len(model.spec.normalizer.mean)
-    if expected != num_bands:
-        raise ConfigError(
-            f"{path} was trained on {expected} bands, the file has {num_bands}; give a file with as many bands"
-        )
-    patch_px = model.size_multiple
-    return model, model, patch_px, _whole_patches(window_size or model.spec.tile_px, patch_px)
-
-
-def _backbone(
-    name: str, num_bands: int, window_size: int | None, device: str
-) -> tuple[nn.Module, Callable[[torch.Tensor], Any], int, int]:
+def _backbone(name: str, num_bands: int, window_size: int | None, device: str) -> _Timed:
     if not is_model(name):
         raise OptionError(f"model must be a .ckpt file or a model of timm, got {name}; see timm.list_models()")
     wanted = window_size or _DEFAULT_WINDOW_PX
