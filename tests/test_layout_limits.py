@@ -56,8 +56,8 @@ def only_forwards_options(function: ast.FunctionDef | ast.AsyncFunctionDef) -> b
     return 0 < len(forwarded) == num_uses
 
 
-def test_the_package_has_at_most_285_modules_of_readable_length() -> None:
-    assert len(MODULES) <= 285
+def test_the_package_has_at_most_286_modules_of_readable_length() -> None:
+    assert len(MODULES) <= 286
     assert 120 <= statistics.median(NUM_LINES.values()) <= 190
     assert [str(path) for path, lines in NUM_LINES.items() if lines > 450] == []
 

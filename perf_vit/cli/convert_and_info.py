@@ -24,9 +24,7 @@ def convert(
     window_size: Annotated[
         int | None, typer.Option(help="Largest side of a window in patches; 16 by default (clustered).")
     ] = None,
-    num_sinks: Annotated[
-        int | None, typer.Option(help="Keys that all see exactly; 64 to 256 by image size by default (clustered).")
-    ] = None,
+    num_sinks: Annotated[int | None, typer.Option(help="Keys that all see; 256 or 0 by size (clustered).")] = None,
     num_clusters: Annotated[
         int | None,
         typer.Option(help="Clusters of all other keys; by default 128, or 160 above 32,768 patches (clustered)."),
@@ -36,7 +34,8 @@ def convert(
         typer.Option(help="Patches of the largest image with softmax attention, or auto; 2304 by default (clustered)."),
     ] = None,
     num_features: Annotated[int | None, typer.Option(help="Random features; 256 by default (performer).")] = None,
-    layers: Annotated[str | None, typer.Option(help="Layers to convert, as 0-5,8; all by default.")] = None,
+    layers: Annotated[str | None, typer.Option(help="Layers to convert, as 0-5,8, or none; all by default.")] = None,
+    native_size: Annotated[int | None, typer.Option(help="Windows of the pretraining, in patches.", min=1)] = None,
     img_size: Annotated[int | None, typer.Option(help="Side of the images; the model's own by default.")] = None,
     images: Annotated[list[Path] | None, typer.Option(help="Image or folder to measure on; repeat it.")] = None,
     budget: Annotated[

@@ -9,10 +9,11 @@ from typing import Any, Self
 
 from torch import nn
 
+from perf_vit.conversion.native_size import native_layers, tile_positions
 from perf_vit.layers import LinearizedAttention, MixerOptions
 from perf_vit.layers.chunked import chunk_modules
 from perf_vit.layers.linearized_attention import CONVERTIBLE
-from perf_vit.layers.mixer import MIXERS, check_option_names
+from perf_vit.layers.mixer import MIXERS, check_integers, check_option_names
 from perf_vit.layers.token_grid import TokenGrid, follow_tokens, watch_patch_embed
 
 __all__ = [
@@ -36,6 +37,7 @@ class Conversion:
         layers: Indices of the layers to convert, None for all.
         options: Options of the mixer, for all these layers.
         per_layer: Options by layer index, which override `options`. A layer with another "mixer" ignores `options`.
+        native_size: Rows and columns of patches after which positions repeat; None for positions of whole images.
 
     Raises:
         ValueError: The mixer is unknown, has no such option, or an option has an invalid value.
@@ -45,8 +47,11 @@ class Conversion:
     layers: tuple[int, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     per_layer: Mapping[int, Mapping[str, Any]] = field(default_factory=dict)
+    native_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.native_size is not None:
+            check_integers(1, native_size=self.native_size)
         check_option_names(self.mixer, self.options)
         MIXERS[self.mixer].options_type(**self.options)
         for index, own in self.per_layer.items():
@@ -72,6 +77,17 @@ class Conversion:
         per_layer = {index: options for index, options in self.per_layer.items() if index < num_layers}
         return replace(self, layers=layers, per_layer=per_layer)
 
+    def beyond_native(self, num_layers: int) -> Self:
+        """Return the conversion of all layers of which `layers` see the whole image and others windows.
+
+        Raises:
+            ValueError: There is no such layer.
+        """
+        assert self.native_size is not None
+        _check_indices(self.layers or (), num_layers)
+        windows = native_layers(num_layers, self.native_size, self.layers)
+        return replace(self, layers=None, per_layer={**windows, **self.per_layer})
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, with defaults included, so that saved conversions don't depend on them."""
         return {
@@ -82,6 +98,7 @@ class Conversion:
                 str(index): {"mixer": self.layer_mixer(index), **self.layer_options(index, 0).user_options()}
                 for index in self.per_layer
             },
+            "native_size": self.native_size,
         }
 
     @classmethod
@@ -98,6 +115,7 @@ class Conversion:
             layers=None if values["layers"] is None else tuple(values["layers"]),
             options=values["options"],
             per_layer={int(index): own for index, own in values["per_layer"].items()},
+            native_size=values.get("native_size"),
         )
 
 
@@ -106,6 +124,7 @@ def linearize(
     mixer: str = "clustered",
     layers: Collection[int] | None = None,
     per_layer: Mapping[int, Mapping[str, Any]] | None = None,
+    native_size: int | None = None,
     **options: Any,
 ) -> nn.Module:
     """Copy a timm ViT with attention of linear cost and the same weights under the same names.
@@ -118,9 +137,12 @@ def linearize(
     Args:
         model: ViT with such layers, or a model that contains one; it is not changed.
         mixer: "clustered", "performer", "softmax" to keep the layers, or a registered mixer.
-        layers: Indices, from 0, of the attention layers to convert; None for all.
+        layers: Indices, from 0, of the attention layers to convert; None for all. With `native_size`, those that see
+            the whole image; None for every third.
         per_layer: Options by layer index, which override `options`: {11: {"window_size": 8}}. They may set another
             "mixer", for which `options` are ignored.
+        native_size: Rows and columns of patches that the model was pretrained at, for images that are larger: positions
+            repeat after so many patches, and all layers but `layers` attend within windows of this size.
         **options: Options of the mixer: fields of `ClusteredOptions` (window_size, num_sinks, num_clusters,
             max_exact_tokens, chunk_size) or of `PerformerOptions` (num_features, kernel, seed and others).
 
@@ -132,12 +154,12 @@ def linearize(
             the mixer needs the grid and the model has no patch embedding that provides it.
     """
     _check_arguments(model, mixer, layers)
+    chosen = None if layers is None else tuple(sorted(set(layers)))
     conversion = Conversion(
-        mixer=mixer,
-        layers=None if layers is None else tuple(sorted(set(layers))),
-        options=options,
-        per_layer=per_layer or {},
+        mixer=mixer, layers=chosen, options=options, per_layer=per_layer or {}, native_size=native_size
     )
+    if native_size is not None:
+        conversion = conversion.beyond_native(len(convertible_layers(find_vit(model))))
     return convert_in_place(copy.deepcopy(model), conversion)
 
 
@@ -178,6 +200,8 @@ def convert_attention(model: nn.Module, conversion: Conversion, *, in_chunks: bo
         setattr(model.get_submodule(parent), child, layers[-1])
     if layers and in_chunks:
         chunk_modules(model)
+    if conversion.native_size is not None:
+        tile_positions(model, conversion.native_size)
     if any(layer.needs_grid for layer in layers):
         watch_patch_embed(model, grid)
         follow_tokens(model, grid)
@@ -248,13 +272,17 @@ def _choose(model: nn.Module, found: list[tuple[str, nn.Module]], conversion: Co
             "biases (Swin, MViT, BEiT) can't be converted"
         )
     chosen = range(len(found)) if conversion.layers is None else conversion.layers
-    outside = [index for index in chosen if not 0 <= index < len(found)]
-    if outside:
-        raise ValueError(
-            f"layers must be indices from 0 to {len(found) - 1}, got {outside[0]}; leave layers out to convert all"
-        )
+    _check_indices(chosen, len(found))
     for index in conversion.per_layer:
         if index not in chosen:
             among = f"0 to {len(found) - 1}" if conversion.layers is None else ", ".join(map(str, chosen))
             raise ValueError(f"per_layer must name layers that are converted, {among}; got {index!r}")
     return list(chosen)
+
+
+def _check_indices(layers: Collection[int], num_layers: int) -> None:
+    outside = [index for index in layers if not 0 <= index < num_layers]
+    if outside:
+        raise ValueError(
+            f"layers must be indices from 0 to {num_layers - 1}, got {outside[0]}; leave layers out to convert all"
+        )

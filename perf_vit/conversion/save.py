@@ -100,7 +100,8 @@ def load_converted(folder: str | Path, **timm_kwargs: Any) -> nn.Module:
     Args:
         folder: Folder written by `save_converted`.
         **timm_kwargs: Arguments of `timm.create_model` that override the saved ones: img_size, in_chans, num_classes,
-            features_only with out_indices. Weights are adapted as timm adapts pretrained ones.
+            features_only with out_indices. Weights are adapted as timm adapts pretrained ones. A model with a
+            `native_size` takes images of any size; img_size changes nothing.
 
     Raises:
         CheckpointError: a file is missing or damaged, the config has no conversion, or the weights don't match it.
@@ -142,7 +143,7 @@ def build_converted(
     Raises:
         CheckpointError: The weights don't match the config, or the conversion is of another version.
     """
-    model = _build(config, weights, origin, **timm_kwargs)
+    model = _build(config, weights, origin, _native_img_size(config), **timm_kwargs)
     if CONFIG_KEY not in config:
         return model.eval()
     body, ours = find_vit(model), config[CONFIG_KEY]
@@ -301,11 +302,20 @@ def _check_that_timm_builds(config: Mapping[str, Any], state: Mapping[str, Tenso
 
 
 def _build(
-    config: Mapping[str, Any], weights: Mapping[str, Tensor] | None, origin: str | Path, **timm_kwargs: Any
+    config: Mapping[str, Any],
+    weights: Mapping[str, Tensor] | None,
+    origin: str | Path,
+    fixed: Mapping[str, Any] | None = None,
+    **timm_kwargs: Any,
 ) -> nn.Module:
     name = _architecture(config, origin)
     args = check_file_arguments(config.get("model_args", {}), f"model_args of {origin or name}", CheckpointError)
-    kwargs = {"pretrained_cfg": pretrained_cfg_of_file(config.get("pretrained_cfg")), **args, **timm_kwargs}
+    kwargs = {
+        "pretrained_cfg": pretrained_cfg_of_file(config.get("pretrained_cfg")),
+        **args,
+        **timm_kwargs,
+        **(fixed or {}),
+    }
     if weights is None:
         return timm.create_model(name, pretrained=False, **kwargs)
     if CONFIG_KEY not in config and (kwargs.get("features_only") or kwargs.get("num_classes") == 0):
@@ -313,6 +323,16 @@ def _build(
         kwargs["num_classes"] = 0
         return create_with_weights(name, without_classifier(name, weights), origin, {"num_classes": 0}, **kwargs)
     return create_with_weights(name, weights, origin, **kwargs)
+
+
+def _native_img_size(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the saved size of a model that tiles its positions: they must not be resampled to the size of images."""
+    try:
+        is_native = config[CONFIG_KEY]["conversion"].get("native_size") is not None
+        return {"img_size": config["model_args"]["img_size"]} if is_native else {}
+    # The file may hold anything; what is wrong is said where it is read.
+    except (KeyError, TypeError, AttributeError):
+        return {}
 
 
 def _architecture(config: Mapping[str, Any], origin: str | Path) -> str:

@@ -7,10 +7,10 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from perf_vit.layers.mixer import BidirectionalMixer, MixerOptions, check_integers, register_mixer, softmax_attention
-from perf_vit.ops.windows import WindowGrid, split_dim
+from perf_vit.ops.streaming import AttentionStream, WindowStream
+from perf_vit.ops.windows import WindowGrid, attend_where, split_dim
 
 __all__ = ["RegistersMixer", "RegistersOptions", "WindowedMixer", "WindowedOptions", "window_attention"]
 
@@ -41,6 +41,10 @@ class WindowedOptions(MixerOptions):
 class RegistersOptions(WindowedOptions):
     """Options of attention within windows and to the prefix tokens."""
 
+    def is_exact(self, grid: tuple[int, int]) -> bool:
+        """Return whether one window holds all tokens, so that attention is that of softmax layers."""
+        return max(grid) <= self.window_size
+
 
 class _WindowMixer(BidirectionalMixer):
     needs_grid: ClassVar[bool] = True
@@ -51,9 +55,23 @@ class _WindowMixer(BidirectionalMixer):
         """Attend, see `Mixer.forward`."""
         assert grid is not None
         options = self.options
+        if options.is_exact(grid):
+            return softmax_attention(q, k, v, key_mask)
         return window_attention(
             q, k, v, grid, options.window_size, options.num_prefix_tokens, to_prefix=self.to_prefix, key_mask=key_mask
         )
+
+    def stream(
+        self,
+        prefix: tuple[Tensor, Tensor, Tensor],
+        sample: tuple[Tensor, Tensor, Tensor] | None,
+        grid: tuple[int, int],
+    ) -> AttentionStream:
+        """Start the attention over an image in parts, see `Mixer.stream`."""
+        return WindowStream(prefix, grid, self.options.window_size, to_prefix=self.to_prefix)
+
+    def check_stream(self, grid: tuple[int, int]) -> None:
+        """Accept any image: windows lie within parts, and what prefix tokens attend to is a sum over parts."""
 
 
 @register_mixer("windowed")
@@ -120,19 +138,8 @@ def window_attention(
         if seen is not None:
             first = seen.new_ones(len(q), prefix) if key_mask is None else key_mask[:, :prefix]
             seen = torch.cat([first[:, None].expand(-1, seen.shape[1], -1), seen], dim=2)
-    out = _masked_attention(queries, keys, values, seen)
+    out = attend_where(queries, keys, values, seen)
     patches = windows.join(split_dim(out, 1, q.shape[1], num_windows), grid[0]).flatten(1, 2).transpose(1, 2)
     if not prefix:
         return patches
     return torch.cat([softmax_attention(q[:, :, :prefix], k, v, key_mask), patches], dim=2)
-
-
-def _masked_attention(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
-    """Attend where `seen`, [B, W, n], holds; 0 for windows without a visible key."""
-    if seen is None:
-        return F.scaled_dot_product_attention(q, k, v)
-    hidden = ~seen[..., None]
-    k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
-    # A window without visible keys sees all of them: their values are 0.
-    mask = seen | ~seen.any(dim=2, keepdim=True)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(2))

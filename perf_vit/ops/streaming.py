@@ -15,8 +15,18 @@ from perf_vit.ops.clusters import Sample, describe_clusters, sampled_places
 from perf_vit.ops.features import LOWEST_SCALE, token_slices
 from perf_vit.ops.state import KVState
 from perf_vit.ops.stripes import Reduce, sum_together
+from perf_vit.ops.windows import WindowGrid, attend_where, split_dim
 
-__all__ = ["AttentionStream", "ClusteredStream", "LinearStream", "Part", "Reduce", "WholeStream", "sampled_places"]
+__all__ = [
+    "AttentionStream",
+    "ClusteredStream",
+    "LinearStream",
+    "Part",
+    "Reduce",
+    "WholeStream",
+    "WindowStream",
+    "sampled_places",
+]
 
 _FEATURE_TOKENS = 512
 """Tokens whose random features are in memory at once, as in `favor_attention` on a CPU."""
@@ -234,7 +244,7 @@ class ClusteredStream(AttentionStream):
             return
         k = k - self._mean
         self._prefix.collect(k, v)
-        slots = self._slots(part.of_keys(), k)
+        slots = _Slots.of(call.windows, part.of_keys(), k)
         columns = slots.fill(torch.cat(call.key_columns(k, v, None), dim=-1))
         for windows in slots.groups(columns):
             self._total += call.sums(windows, slots.is_padded).sum(dim=2)
@@ -245,7 +255,7 @@ class ClusteredStream(AttentionStream):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
         """Attend with the queries of a part to all that was collected, [B, H, n, Dv]."""
-        call, slots = self._call, self._slots(part, k)
+        call, slots = self._call, _Slots.of(self._call.windows, part, k)
         counted = None if part.counted is None else part.counted[:, None]
         columns = [*call.query_columns(q), *call.key_columns(k - self._mean, v, counted)]
         tokens = slots.fill(torch.cat(columns, dim=-1))
@@ -264,15 +274,65 @@ class ClusteredStream(AttentionStream):
             self._attended_prefix = self._prefix.attend()
         return self._attended_prefix
 
-    def _slots(self, part: Part, k: Tensor) -> _Slots:
-        windows = self._call.windows
-        row, column = part.places // windows.columns, part.places % windows.columns
-        window = row // windows.height * windows.across + column // windows.width
-        kept, rank = torch.unique(window, return_inverse=True)
-        size = windows.height * windows.width
-        inner = row % windows.height * windows.width + column % windows.width
-        at_once = max(1, _WINDOW_TOKENS // (size * k.shape[0] * k.shape[1]))
-        return _Slots(rank * size + inner, len(kept), size, at_once)
+
+class WindowStream(AttentionStream):
+    """Exact attention within windows in parts, and of the prefix tokens to all tokens; windows lie within a part.
+
+    Args:
+        prefix: Queries, keys and values of the prefix tokens, [B, H, P, D] each.
+        grid: Rows and columns of the image's tokens.
+        window_size: Largest number of rows and columns of a window.
+        to_prefix: Whether all tokens attend to the prefix tokens, too.
+    """
+
+    def __init__(
+        self, prefix: tuple[Tensor, Tensor, Tensor], grid: tuple[int, int], window_size: int, *, to_prefix: bool
+    ) -> None:
+        self._windows = WindowGrid.of(grid, window_size)
+        q, self._k, self._v = prefix
+        self._shared = q.shape[2] if to_prefix else 0
+        self._prefix = _ExactQueries(q, self._v.shape[-1])
+        self._attended_prefix: Tensor | None = None
+
+    @property
+    def rows_at_once(self) -> int:
+        """Number of rows of a window."""
+        return self._windows.height
+
+    def collect(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> None:
+        """Add the tokens of a part, which only prefix tokens attend to from outside."""
+        k, v = part.keys(k), part.keys(v)
+        if k.shape[2] and self._k.shape[2]:
+            self._prefix.collect(k, v)
+
+    def reduce(self, reduce: Reduce) -> None:
+        """Replace what this process collected by what all processes collected."""
+        self._prefix.reduce(reduce, self._v.new_zeros(1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, part: Part) -> Tensor:
+        """Attend with the queries of a part to their windows, [B, H, n, Dv]; 0 where no key is visible."""
+        slots = _Slots.of(self._windows, part, k)
+        counted = k.new_ones(len(part.places)) if part.counted is None else part.counted.to(k.dtype)
+        columns = [q, k, v, counted[:, None].expand(*k.shape[:3], 1)]
+        sizes = [x.shape[-1] for x in columns]
+        groups = slots.groups(slots.fill(torch.cat(columns, dim=-1)))
+        return slots.take(torch.cat([self._attend(*torch.split(each, sizes, dim=-1)) for each in groups], dim=2))
+
+    def attend_prefix(self) -> Tensor:
+        """Attend with the queries of the prefix tokens to all that was collected, [B, H, P, Dv]."""
+        if self._attended_prefix is None:
+            if self._k.shape[2]:
+                self._prefix.collect(self._k, self._v)
+            self._attended_prefix = self._prefix.attend()
+        return self._attended_prefix
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, counted: Tensor) -> Tensor:
+        """Attend within windows, [B, H, W, T, D], to keys that count, [B, H, W, T, 1], and to the prefix."""
+        num_heads, num_windows = q.shape[1:3]
+        first = (x[:, :, : self._shared].repeat_interleave(num_windows, dim=1) for x in (self._k, self._v))
+        k, v = (torch.cat([one, own.flatten(1, 2)], dim=2) for one, own in zip(first, (k, v), strict=True))
+        seen = F.pad(counted[..., 0].flatten(1, 2) > 0, (self._shared, 0), value=True)
+        return split_dim(attend_where(q.flatten(1, 2), k, v, seen), 1, num_heads, num_windows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -290,6 +350,17 @@ class _Slots:
     num_windows: int
     size: int
     at_once: int
+
+    @classmethod
+    def of(cls, windows: WindowGrid, part: Part, k: Tensor) -> _Slots:
+        """Return the places of the tokens of a part, whose keys are [B, H, n, D]."""
+        row, column = part.places // windows.columns, part.places % windows.columns
+        window = row // windows.height * windows.across + column // windows.width
+        kept, rank = torch.unique(window, return_inverse=True)
+        size = windows.height * windows.width
+        inner = row % windows.height * windows.width + column % windows.width
+        at_once = max(1, _WINDOW_TOKENS // (size * k.shape[0] * k.shape[1]))
+        return cls(rank * size + inner, len(kept), size, at_once)
 
     @property
     def is_padded(self) -> bool:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["WindowGrid", "check_grid", "row_windows", "split_dim", "split_rows", "window_indices"]
+__all__ = ["WindowGrid", "attend_where", "check_grid", "row_windows", "split_dim", "split_rows", "window_indices"]
 
 _ROW_TOKENS = 1024
 """Queries that are processed together where there are no windows."""
@@ -95,6 +95,17 @@ class WindowGrid:
         B, H, C = *x.shape[:2], x.shape[-1]
         x = x.view(B, H, -1, self.across, self.height, self.width, C).permute(0, 2, 4, 3, 5, 1, 6)
         return x.flatten(3, 4).flatten(1, 2)[:, :rows, : self.columns]
+
+
+def attend_where(q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None) -> Tensor:
+    """Softmax attention within windows, [B, W, n, D], to keys that are seen, [B, W, n]; 0 where none is."""
+    if seen is None:
+        return F.scaled_dot_product_attention(q, k, v)
+    hidden = ~seen[..., None]
+    k, v = k.masked_fill(hidden, 0.0), v.masked_fill(hidden, 0.0)
+    # A window without visible keys sees all of them: their values are 0.
+    mask = seen | ~seen.any(dim=2, keepdim=True)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.unsqueeze(2))
 
 
 def row_windows(grid: tuple[int, int]) -> WindowGrid:

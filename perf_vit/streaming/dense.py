@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from perf_vit.errors import CheckpointError
 from perf_vit.models.heads import LinearHead
 from perf_vit.models.heads.parts import GridPart, Reach, reach_of
-from perf_vit.streaming.forward import num_passes, rows_of_windows
+from perf_vit.streaming.forward import num_passes, window_heights
 from perf_vit.streaming.tokens import StreamedTokens
 from perf_vit.types import Window
 
@@ -77,7 +77,7 @@ class DenseHead:
 
     def rows_at_once(self, grid: tuple[int, int]) -> int:
         """Return the number of rows of tokens that a part has at least."""
-        return rows_of_windows(self._blocks(), grid)
+        return max(window_heights(self._blocks(), grid), default=1)
 
     def _blocks(self) -> list[Any]:
         return list(self.vit.blocks)[: self.indices[-1] + 1]

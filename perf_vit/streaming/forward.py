@@ -29,7 +29,7 @@ from perf_vit.streaming.store import TokenStore
 from perf_vit.streaming.tokens import PART_TOKENS, READ_PARTS, StreamedTokens
 from perf_vit.types import GeoImage
 
-__all__ = ["check_blocks", "check_streamable", "num_passes", "rows_of_windows", "stream_tokens"]
+__all__ = ["check_blocks", "check_streamable", "num_passes", "rows_of_windows", "stream_tokens", "window_heights"]
 
 OnProgress = Callable[[int, int], None]
 
@@ -371,8 +371,13 @@ def _collects(blocks: Sequence[Any]) -> list[bool]:
 
 def rows_of_windows(blocks: Sequence[Any], grid: tuple[int, int]) -> int:
     """Return the number of rows that belong together: windows of all blocks lie within a stripe."""
+    return math.lcm(*window_heights(blocks, grid))
+
+
+def window_heights(blocks: Sequence[Any], grid: tuple[int, int]) -> set[int]:
+    """Return the numbers of rows of the windows of all blocks."""
     sizes = {getattr(block.attn.options, "window_size", 0) for block in blocks}
-    return math.lcm(*(WindowGrid.of(grid, size).height for size in sizes if size))
+    return {WindowGrid.of(grid, size).height for size in sizes if size}
 
 
 def _near(valid: Tensor, margin: int) -> Tensor:

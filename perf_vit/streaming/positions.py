@@ -8,13 +8,16 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from perf_vit.conversion.native_size import native_size_of, period_of
+
 __all__ = ["AbsolutePositions", "RotaryPositions"]
 
 
 class AbsolutePositions:
     """Learned position embeddings, resampled to a grid as timm does: bicubic and antialiased.
 
-    The resampling is separable, so columns are resampled once and rows when they are needed.
+    The resampling is separable, so columns are resampled once and rows when they are needed. Those of a model with a
+    native size are resampled to a window and repeat.
 
     Args:
         model: timm's `VisionTransformer` or `Eva`.
@@ -29,14 +32,16 @@ class AbsolutePositions:
         # [C, old rows, old columns]
         plane = table[0, first:].view(*old, -1).permute(2, 0, 1)
         self._dtype = table.dtype
-        if tuple(old) == tuple(grid):
+        self._period = period_of(grid, native_size_of(model))
+        if tuple(old) == tuple(self._period):
             self._rows, self._weights = plane, None
             return
-        self._rows = plane.float() @ _resampling(old[1], grid[1]).mT
-        self._weights = _resampling(old[0], grid[0])
+        self._rows = plane.float() @ _resampling(old[1], self._period[1]).mT
+        self._weights = _resampling(old[0], self._period[0])
 
     def at(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return the embeddings of tokens at some rows and columns, [n, C]."""
+        rows, columns = rows % self._period[0], columns % self._period[1]
         if self._weights is None:
             return self._rows[:, rows, columns].mT
         # Few rows are asked for at a time.

@@ -63,11 +63,14 @@ class StripedSegmenter:
         self._norms = [module for module in model.head.modules() if isinstance(module, nn.GroupNorm)]
         self._stripe = Stripe(processes.reduce, processes.rank, processes.number, (0, 0))
         self._cut: _Cut | None = None
+        # Those of a converted model with a native size.
+        self._own_positions: Any = None
 
     def begin(self) -> None:
         """Let the network compute stripes, until `end`; the backward pass, which may compute blocks again, included."""
         for mixer in self._mixers:
             mixer.stripe = self._stripe
+        self._own_positions = vars(self._body).get("_pos_embed")
         self._body._pos_embed = _Positions(self._body, self._stripe)
         for norm in self._norms:
             norm.forward = partial(self._group_norm, norm)  # type: ignore[method-assign]
@@ -78,6 +81,8 @@ class StripedSegmenter:
             mixer.stripe = None
         for module, name in ((self._body, "_pos_embed"), *((norm, "forward") for norm in self._norms)):
             vars(module).pop(name, None)
+        if self._own_positions is not None:
+            self._body._pos_embed = self._own_positions
 
     def logits(self, image: Tensor, valid: Tensor | None) -> Tensor:
         """Compute the logits of the rows of `own`, [B, K, h, W]; all processes must call it with the same tiles.

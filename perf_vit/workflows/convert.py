@@ -54,7 +54,10 @@ class ConvertOptions:
         max_exact_tokens: Largest number of patches of an image with softmax attention, 0 for none, "auto" for the
             number up to which it is not slower here (clustered).
         num_features: Random features (performer).
-        layers: Indices of the layers to convert, or one of them, or text such as "0-5,8"; all by default.
+        layers: Indices of the layers to convert, or one of them, or text such as "0-5,8"; all by default. With
+            `native_size`, layers that see the whole image.
+        native_size: Rows and columns of patches of the pretraining, for larger images: other layers see windows of this
+            size, and positions repeat.
         img_size: Side of the images in pixels; the model's own by default.
         images: Files and folders with images to choose options by and to measure on, or one of them.
         budget: Times of plain FAVOR+ that the model may take; options of each layer are chosen then.
@@ -72,6 +75,7 @@ class ConvertOptions:
     max_exact_tokens: int | str | None = None
     num_features: int | None = None
     layers: str | int | Iterable[int] | None = None
+    native_size: int | None = None
     img_size: int | None = None
     images: str | Path | Iterable[str | Path] = ()
     budget: float | None = None
@@ -86,6 +90,8 @@ class ConvertOptions:
             raise OptionError("budget learns from images, got none; give `images`")
         if self.budget is not None and self.mixer != "clustered":
             raise OptionError(f"budget chooses options of `mixer=clustered`, got {self.mixer}; leave it out")
+        if self.budget is not None and self.native_size is not None:
+            raise OptionError("budget chooses options of all layers, native_size those of most; leave one of them out")
         _parse_limit(self.max_exact_tokens)
 
     @property
@@ -189,13 +195,13 @@ def _as_paths(images: Any) -> tuple[Path, ...]:
 
 
 def _parse_layers(layers: Any) -> tuple[int, ...] | None:
-    """Indices of layers, given as such, as one or as "0-5,8": 0 to 5 and 8; None for all.
+    """Indices of layers, given as such, as one or as "0-5,8": 0 to 5 and 8; "none" for none, None for the default.
 
     Raises:
         OptionError: Anything else.
     """
-    if layers is None:
-        return None
+    if layers is None or layers == "none":
+        return None if layers is None else ()
     try:
         if not isinstance(layers, str):
             several = layers if isinstance(layers, Iterable) else (layers,)
@@ -252,7 +258,8 @@ def _convert(request: _Request, softmax: nn.Module, crops: Sequence[Tensor]) -> 
                 on_step=on_step,
                 **options,
             )
-    return linearize(softmax, request.options.mixer, request.options.layer_indices, per_layer, **options)
+    layers, native_size = request.options.layer_indices, request.options.native_size
+    return linearize(softmax, request.options.mixer, layers, per_layer, native_size, **options)
 
 
 def _softmax_model(request: _Request) -> Any:

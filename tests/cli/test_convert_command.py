@@ -288,3 +288,34 @@ def test_one_path_and_one_layer_need_no_list_in_python(images) -> None:
         ConvertOptions(images=3)
     with pytest.raises(OptionError, match=r"^layers must be indices such as 0-5,8, got 1.5$"):
         ConvertOptions(layers=1.5)
+
+
+def test_a_model_for_images_beyond_its_native_size_says_which_layers_see_all(weights, tmp_path, capsys) -> None:
+    out = tmp_path / "out"
+    native = ["--img-size", "64", "--native-size", "4", "--layers", "2,5", "--num-clusters", "5", *FORCED]
+    assert convert(MODEL, out, *given(weights), *native) == 0
+    note = "layers 2, 5 see the whole image and all others windows of 4 x 4 patches, after which positions repeat"
+    assert note in " ".join(capsys.readouterr().out.split())
+    assert note in (out / "fidelity.html").read_text()
+    mixers = [layer.mixer.name for layer in converted_layers(perf_vit.load(out)).values()]
+    assert [index for index, name in enumerate(mixers) if name == "clustered"] == [2, 5]
+    assert ConvertOptions(layers="none").layer_indices == ()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--img-size", "80", "--native-size", "4"], "native_size=4 needs positions of as many rows and columns"),
+        (["--img-size", "64", "--native-size", "4", "--layers", "6"], "layers must be indices from 0 to 5, got 6"),
+    ],
+)
+def test_a_native_size_that_does_not_fit_is_a_line(weights, tmp_path, capsys, options, message) -> None:
+    assert convert(MODEL, tmp_path / "out", *given(weights), *options) == 2
+    assert f"Error: {message}" in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_budget_and_a_native_size_are_refused_together(weights, images, tmp_path, capsys) -> None:
+    both = ["--budget", "2", "--images", images, "--native-size", "4"]
+    assert convert(MODEL, tmp_path / "out", *given(weights), *both) == 2
+    assert "budget chooses options of all layers" in capsys.readouterr().err

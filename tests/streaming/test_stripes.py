@@ -9,6 +9,7 @@ from threaded_processes import in_threads
 from timm.layers import Attention
 from torch import Tensor, nn
 
+import perf_vit
 from perf_vit.errors import ConfigError
 from perf_vit.models import SegmentationModelConfig, SegmentationSpec, Segmenter, build_segmenter
 from perf_vit.models.heads.parts import Reach
@@ -182,6 +183,18 @@ def test_whole_tiles_are_computed_after_the_end() -> None:
     in_threads(lambda processes: _begun_and_ended(model, processes), 1)
     assert torch.equal(model(image), before)
     assert set(vars(model.backbone.model)) == state
+
+
+def test_positions_that_repeat_in_windows_are_cut_and_put_back() -> None:
+    torch.manual_seed(0)
+    config = SegmentationModelConfig(backbone="vit_tiny_patch16_224", backbone_kwargs=SMALL, head="linear")
+    spec = SegmentationSpec(classes=("a", "b"), normalizer=Normalizer((0.0,) * 3, (1.0,) * 3), tile_px=64)
+    softmax = build_segmenter(config, spec).double()
+    model = perf_vit.linearize(softmax, layers=[0, 1, 2], native_size=4, **CLUSTERED)
+    assert_equal(model, *tiles(160, True), 2)
+    expected = model(tiles(160, False)[0])
+    in_threads(lambda processes: _begun_and_ended(model, processes), 1)
+    assert torch.equal(model(tiles(160, False)[0]), expected)
 
 
 def _begun_and_ended(model: Segmenter, processes) -> None:

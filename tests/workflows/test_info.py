@@ -95,6 +95,14 @@ def test_layers_that_a_conversion_left_are_named(make_scene, monkeypatch, capsys
         assert f"{text} except in 2 layers of softmax attention" in printed
 
 
+def test_windows_of_a_native_size_are_told(make_scene, monkeypatch, capsys) -> None:
+    converted = linearize(timm.create_model("vit_tiny_patch16_224", img_size=32, depth=3), native_size=2)
+    monkeypatch.setattr(workload, "_backbone", lambda *_: (converted, converted, 16, 48))
+    assert call(["info", make_scene(num_bands=3), "--model", "some_vit"]) == 0
+    printed = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "exact in windows of up to 32 px; in larger ones most layers see 32 px" in printed
+
+
 @pytest.mark.parametrize(
     ("args", "match"),
     [

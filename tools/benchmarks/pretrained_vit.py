@@ -52,9 +52,10 @@ def converted(model: nn.Module, name: str, seed: int) -> nn.Module:
     return perf_vit.conversion.load_converted(name, img_size=model.patch_embed.img_size).eval()
 
 
-def load_vit(model_name: str, weights: Path, size: int) -> nn.Module:
-    """timm's model, in evaluation mode, for images of size x size pixels; the weights are its state dict."""
-    model = timm.create_model(model_name, pretrained=False, num_classes=0, img_size=size).eval()
+def load_vit(model_name: str, weights: Path, size: int, *, any_size: bool = False) -> nn.Module:
+    """timm's model, in evaluation mode, with positions of size x size pixels; the weights are its state dict."""
+    options = {"dynamic_img_size": True} if any_size else {}
+    model = timm.create_model(model_name, pretrained=False, num_classes=0, img_size=size, **options).eval()
     state = {name: tensor.float() for name, tensor in load_file(weights).items()}
     model.load_state_dict(checkpoint_filter_fn(state, model), strict=True)
     return model

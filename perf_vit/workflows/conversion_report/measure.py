@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from perf_vit.conversion import attention_errors, linearize, token_cosines
-from perf_vit.conversion.linearize import converted_layers, max_exact_side
+from perf_vit.conversion.linearize import converted_layers, find_vit, max_exact_side
+from perf_vit.conversion.native_size import native_size_of
 from perf_vit.layers import MixerOptions
 from perf_vit.workflows.conversion_report.timing import alternating_medians
 
@@ -76,12 +77,14 @@ class MeasuredConversion:
         max_exact_px: Size of the largest square image with softmax attention in all layers, 0 for none.
         fidelity: Fidelity at the models' size and, if attention is exact there, at a larger size.
         speeds: Times at the models' size and at the larger size.
+        native_size: Rows and columns of windows after which positions repeat, None for positions of whole images.
     """
 
     options: dict[int, MixerOptions]
     max_exact_px: int
     fidelity: list[Fidelity]
     speeds: list[Speed]
+    native_size: int | None = None
 
 
 def measure_conversion(
@@ -120,6 +123,7 @@ def measure_conversion(
         max_exact_px=patch_px * (max_exact_side(converted) or 0),
         fidelity=fidelity,
         speeds=speeds,
+        native_size=native_size_of(find_vit(converted)),
     )
 
 

@@ -19,6 +19,7 @@ from perf_vit._version import __version__
 from perf_vit.conversion import load_converted
 from perf_vit.files import write_text
 from perf_vit.layers import MixerOptions
+from perf_vit.layers.window_mixers import WindowedOptions
 from perf_vit.workflows.conversion_report.measure import NUM_RUNS, SOFTMAX_TOKENS, MeasuredConversion
 from perf_vit.workflows.conversion_report.timing import machine_name
 from perf_vit.workflows.progress import as_text, new_table
@@ -126,6 +127,14 @@ def notes_of(measured: MeasuredConversion) -> list[str]:
     notes = []
     if exact:
         notes.append(f"Converted layers are exact (softmax) up to {exact} x {exact} px, and linear in larger images.")
+    if measured.native_size is not None:
+        windows = [index for index, each in measured.options.items() if isinstance(each, WindowedOptions)]
+        see_all = [str(index) for index in range(max(measured.options) + 1) if index not in windows]
+        notes.append(
+            f"In larger images, layers {', '.join(see_all) or 'none'} see the whole image and all others windows of "
+            f"{measured.native_size} x {measured.native_size} patches, after which positions repeat: the model is not "
+            "meant to equal softmax attention over the whole image."
+        )
     if given.size_px <= exact:
         notes.append(f"At {given.size_px} px the converted model equals the softmax model.")
     if given.size_px <= exact < larger.size_px and larger.softmax is not None and len(measured.fidelity) == 1:

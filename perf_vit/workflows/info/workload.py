@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from perf_vit.conversion.linearize import convertible_layers, max_exact_side
+from perf_vit.conversion.native_size import native_size_of
 from perf_vit.conversion.weights import is_model
 from perf_vit.errors import ConfigError, OptionError
 from perf_vit.models import InputCheck, load_segmenter
@@ -41,6 +42,7 @@ class Workload:
         device: Device of the measurement.
         max_exact_px: Size in pixels of the largest square window with exact attention, None unless attention is linear.
         num_softmax_layers: Number of attention layers that a conversion left as they were, 0 for other models.
+        native_px: Side in pixels of the windows that most layers see, None for a model converted without `native_size`.
     """
 
     model: str
@@ -54,6 +56,7 @@ class Workload:
     device: str
     max_exact_px: int | None
     num_softmax_layers: int
+    native_px: int | None
 
 
 def estimate_workload(source: Source, model: str, window_size: int | None = None) -> Workload:
@@ -106,6 +109,7 @@ def _workload(source: Source, model: str, timed: _Timed, device: str) -> Workloa
         device=device,
         max_exact_px=None if side is None else side * patch_px,
         num_softmax_layers=0 if side is None else len(convertible_layers(network)),
+        native_px=next((size * patch_px for size in map(native_size_of, network.modules()) if size is not None), None),
     )
 
 
