@@ -13,8 +13,9 @@ from perf_vit.errors import InputError
 from perf_vit.labels.classes import LabelClasses
 from perf_vit.labels.raster import RasterLabels, RasterLayers, VectorLayers, open_all_bands
 from perf_vit.labels.vector import VectorLabels, warn_of_polygons
-from perf_vit.sources import RasterSource, is_vector_name, open_raster, split_layer
+from perf_vit.sources import MASK_SUFFIXES, RasterSource, is_vector_name, open_raster, split_layer
 from perf_vit.sources._gdal import check_exists
+from perf_vit.sources.files import RASTER_SUFFIXES
 from perf_vit.sources.image_search import is_glob
 from perf_vit.sources.slides import SlideSource
 from perf_vit.sources.vector_file import opens_as_vector
@@ -103,6 +104,8 @@ def open_labels(
 
     if is_vector_name(name):
         return from_vector()
+    if Path(name).suffix.lower() in RASTER_SUFFIXES - MASK_SUFFIXES:
+        raise InputError(f"{name} is a JPEG, which changes the values of a mask; write masks as PNG or TIFF")
     if isinstance(source, SlideSource) and source.downsample_xy != (1, 1):
         raise InputError(
             f"labels of the slide {source.path} must be polygons, such as QuPath's GeoJSON, as it isn't read at its "

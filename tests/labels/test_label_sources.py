@@ -9,6 +9,7 @@ import shapely
 from affine import Affine
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from rasterio.enums import Resampling
 from rasterio.warp import reproject
 from shapely import LineString, Polygon, affinity, box
@@ -107,6 +108,14 @@ def test_masks_need_no_background(source, make_scene) -> None:
     values = np.random.default_rng(0).integers(0, 2, (70, 90))
     labels = open_labels(_mask(make_scene, values), source, classes=CLASSES, background=None)
     assert np.array_equal(labels.read(source.extent), values)
+
+
+def test_a_mask_of_jpeg_is_an_error(source, tmp_path) -> None:
+    Image.fromarray(np.zeros(source.size, np.uint8)).save(tmp_path / "mask.JPG")
+    with pytest.raises(
+        InputError, match=r"mask\.JPG is a JPEG, which changes the values of a mask; write masks as PNG"
+    ):
+        open_labels(tmp_path / "mask.JPG", source, classes=CLASSES)
 
 
 def test_labels_travel_to_workers(source, write_vector, make_scene) -> None:
