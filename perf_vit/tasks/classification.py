@@ -41,7 +41,7 @@ CLASSIFICATION_MONITOR = "val/f1"
 REGRESSION_MONITOR = "val/r2"
 
 LOSS_MONITOR = "val/negative_loss"
-"""Metric that selects the best checkpoint of a regression whose R2 is undefined."""
+"""Metric that selects the best checkpoint where R2 or F1 are undefined."""
 
 CLASSIFICATION_CURVES = Curves(
     losses=("train/loss", "val/loss"), scores=("val/accuracy", "val/f1", "val/auroc"), title="validation"

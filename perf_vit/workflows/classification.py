@@ -65,16 +65,25 @@ def build_classification_task(
     """
     check_not_random(config.model)
     task = task_class(config.model, _spec(config, data), config.optim)
-    targets = data.val.images.labelled.targets
-    if isinstance(config.data, RegressionDataConfig) and (targets == targets[0]).all():
+    if (reason := _undefined_score(config, data.val.images.labelled.targets)) is not None:
         warnings.warn(
-            f"each target has one value in the {len(targets)} validation images, so R2 is undefined and best.ckpt has "
-            "the lowest val/loss; validate on images of several values for R2",
+            f"{reason}, so best.ckpt has the lowest val/loss; validate on other images for a score",
             DataWarning,
             stacklevel=2,
         )
         task.monitor = LOSS_MONITOR
     return task
+
+
+def _undefined_score(config: ClassificationRun | RegressionRun, targets: Any) -> str | None:
+    """Why validation targets give every model the same R2 or F1; None if they don't."""
+    if isinstance(config.data, RegressionDataConfig):
+        is_constant = (targets == targets[0]).all()
+        return (
+            f"each target has one value in {len(targets)} validation images: R2 is undefined" if is_constant else None
+        )
+    is_empty = config.data.multilabel and not targets.any()
+    return f"none of {len(targets)} validation images has a class: F1 is undefined" if is_empty else None
 
 
 def evaluate_classification(

@@ -17,7 +17,9 @@ from perf_vit.config import load_config
 from perf_vit.errors import DataWarning
 from perf_vit.inference import ClassificationPredictor
 from perf_vit.models import load_classifier
+from perf_vit.workflows.classification import build_classification_data, build_classification_task
 from perf_vit.workflows.run_config import ClassificationRun
+from perf_vit.workflows.train import read_run
 
 BASE = """
 out: ???
@@ -250,7 +252,7 @@ def test_without_r2_the_best_checkpoint_has_the_lowest_loss(folders, config, tmp
         "trainer.max_epochs": 5,
         "trainer.num_pictures": 0,
     }
-    with pytest.warns(DataWarning, match=r"R2 is undefined and best\.ckpt has the lowest val/loss"):
+    with pytest.warns(DataWarning, match=r"R2 is undefined, so best\.ckpt has the lowest val/loss"):
         run = perf_vit.train(config, overrides, out=tmp_path / "run", progress=False)
     rows = [row for row in run.metrics if row["epoch"] > 0]
     assert not any("val/r2" in row for row in rows)
@@ -259,6 +261,21 @@ def test_without_r2_the_best_checkpoint_has_the_lowest_loss(folders, config, tmp
     stored = torch.load(run.best, weights_only=False)
     assert stored["epoch"] == losses.index(min(losses))
     assert "val/negative_loss" in run.report().read_text()
+
+
+def test_without_any_class_in_validation_the_loss_chooses(folders, config, table, tmp_path) -> None:
+    places = sorted((folders / "sea").glob("*.tif"))
+    (tmp_path / "val.csv").write_text("image,first,second\n" + "\n".join(f"{path},0,0" for path in places))
+    overrides = {
+        "data.train": {"image": str(folders), "labels": str(table)},
+        "data.val": {"image": str(folders), "labels": str(tmp_path / "val.csv")},
+        "data.classes": ["first", "second"],
+        "data.multilabel": True,
+    }
+    run = read_run(config, overrides | {"task": "classification"}, tmp_path / "run")
+    with pytest.warns(DataWarning, match=r"none of 8 validation images has a class: F1 is undefined, so best\.ckpt"):
+        task = build_classification_task(run, build_classification_data(run))
+    assert task.monitor == "val/negative_loss"
 
 
 class KilledError(BaseException):

@@ -53,8 +53,8 @@ def write_training_report(
     Raises:
         OutputError: The page can't be written.
     """
-    # Regression has no R2 of constant targets.
-    monitor = task.monitor if any(task.monitor in row for row in rows) else LOSS_MONITOR
+    # Where the score of the task is undefined.
+    monitor = LOSS_MONITOR if any(LOSS_MONITOR in row for row in rows) else task.monitor
     best = max((row for row in rows if monitor in row), key=lambda row: row[monitor], default={})
     page = Page(title=f"{task.label.removeprefix('a ').removeprefix('an ')}: {folder.name}")
     page.numbers = {"epochs": f"{max((int(row['epoch']) for row in rows), default=0)}"}
