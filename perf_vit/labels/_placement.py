@@ -102,6 +102,8 @@ def _cut_to_domain(geometries: Any, crs: Any) -> Any:
         placed = _have_place(to_crs, *_points_in(boxes), degrees=geometries.crs.is_geographic)
         inside.append(boxes[placed.all(axis=1)])
         boxes = _quartered(boxes[placed.any(axis=1) & ~placed.all(axis=1)])
+        if len(boxes) == 0:
+            break
     # A snapped union of boxes leaves no gaps of rounding errors between them.
     domain = shapely.union_all(shapely.box(*np.concatenate(inside).T), grid_size=(right - left) * 1e-12)
     cut = shapely.intersection(shapely.make_valid(geometries.to_numpy()), domain)

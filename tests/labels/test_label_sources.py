@@ -440,3 +440,16 @@ def test_tiles_of_a_mask_need_not_end_where_the_raster_does(source, make_scene, 
     expected = np.pad(values, max(0, -margin), constant_values=IGNORE_INDEX)
     cut = max(0, margin)
     assert np.array_equal(labels, expected[cut : cut + 70, cut : cut + 90])
+
+
+def test_polygons_behind_the_horizon_label_nothing(make_scene, tmp_path) -> None:
+    disc = rasterio.transform.from_bounds(-5.5e6, -5.5e6, 5.5e6, 5.5e6, 80, 80)
+    crs = "+proj=geos +lon_0=0 +h=35785831 +sweep=y +datum=WGS84"
+    source = open_source(make_scene(height=80, width=80, crs=crs, transform=disc, nodata=None))
+    behind, seen = box(170, -5, 175, 5), box(0, 0, 20, 20)
+    gpd.GeoSeries([behind, seen], crs="EPSG:4326").to_file(tmp_path / "both.gpkg")
+    gpd.GeoSeries([behind], crs="EPSG:4326").to_file(tmp_path / "behind.gpkg")
+    labels = open_labels(tmp_path / "both.gpkg", source, classes=CLASSES)
+    assert labels.is_on_source.tolist() == [False, True]
+    assert labels.read(source.extent).sum() > 50
+    _assert_refused("don't overlap", tmp_path / "behind.gpkg", source)
