@@ -85,7 +85,7 @@ class Conversion:
         """
         assert self.native_size is not None
         _check_indices(self.layers or (), num_layers)
-        windows = native_layers(num_layers, self.native_size, self.layers)
+        windows = native_layers(num_layers, self.native_size, self.layers or ())
         return replace(self, layers=None, per_layer={**windows, **self.per_layer})
 
     def to_dict(self) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def linearize(
         model: ViT with such layers, or a model that contains one; it is not changed.
         mixer: "clustered", "performer", "softmax" to keep the layers, or a registered mixer.
         layers: Indices, from 0, of the attention layers to convert; None for all. With `native_size`, those that see
-            the whole image; None for every third.
+            the whole image; None for none.
         per_layer: Options by layer index, which override `options`: {11: {"window_size": 8}}. They may set another
             "mixer", for which `options` are ignored.
         native_size: Rows and columns of patches that the model was pretrained at, for images that are larger: positions

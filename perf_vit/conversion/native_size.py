@@ -14,23 +14,17 @@ from perf_vit.ops.windows import WindowGrid
 
 __all__ = ["NativePositions", "native_layers", "native_size_of", "period_of", "tile_positions"]
 
-_EVERY = 3
-"""By default, every third layer has the mixer of the conversion."""
 
-
-def native_layers(
-    num_layers: int, native_size: int, global_layers: Collection[int] | None
-) -> dict[int, dict[str, Any]]:
+def native_layers(num_layers: int, native_size: int, global_layers: Collection[int]) -> dict[int, dict[str, Any]]:
     """Return the options of the layers that attend within windows of the native size, by index.
 
     Args:
         num_layers: Number of attention layers.
         native_size: Rows and columns of patches of the pretraining.
-        global_layers: Indices of layers that see the whole image; None for every third, the last one included.
+        global_layers: Indices of layers that see the whole image.
     """
-    chosen = range(num_layers - 1, -1, -_EVERY) if global_layers is None else global_layers
     windows = {"mixer": "registers", "window_size": native_size}
-    return {index: windows for index in range(num_layers) if index not in chosen}
+    return {index: windows for index in range(num_layers) if index not in global_layers}
 
 
 def period_of(grid: tuple[int, int], native_size: int | None) -> tuple[int, int]:

@@ -55,7 +55,7 @@ class ConvertOptions:
             number up to which it is not slower here (clustered).
         num_features: Random features (performer).
         layers: Indices of the layers to convert, or one of them, or text such as "0-5,8"; all by default. With
-            `native_size`, layers that see the whole image.
+            `native_size`, layers that see the whole image; none by default.
         native_size: Rows and columns of patches of the pretraining, for larger images: other layers see windows of this
             size, and positions repeat.
         img_size: Side of the images in pixels; the model's own by default.

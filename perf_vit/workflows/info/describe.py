@@ -114,7 +114,7 @@ def _work(work: Workload) -> list[tuple[str, str]]:
 def _attention(work: Workload) -> str:
     exact = work.max_exact_px
     if work.native_px is not None:
-        return f"exact in windows of up to {exact:,} px; in larger ones most layers see {work.native_px:,} px, some all"
+        return f"exact in windows of up to {exact:,} px; in larger ones most or all layers see {work.native_px:,} px"
     left = f" except in {work.num_softmax_layers} layers of softmax attention" if work.num_softmax_layers else ""
     return (
         f"exact in windows of up to {exact:,} px, linear in larger ones{left}"
