@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = [
     "end_processes",
     "fast_dtype",
     "has_processes",
     "mean_normalizer",
-    "own_device",
     "rank_and_world_size",
     "sample_rank_and_world_size",
     "share_samples",
@@ -164,9 +163,3 @@ def _summed(values: Tensor, group: Any) -> Tensor:
     total = values.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(total, group=group)
     return total
-
-
-def own_device(model: nn.Module) -> torch.device | None:
-    """Return the device of all weights of a model, None if they are on several or there are none."""
-    devices = {each.device for values in (model.parameters(), model.buffers()) for each in values}
-    return devices.pop() if len(devices) == 1 else None

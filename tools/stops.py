@@ -59,12 +59,15 @@ class Stops:
 @contextmanager
 def watched() -> Iterator[Stops]:
     """Watch the calls of all threads that begin in the block."""
-    stops = Stops()
+    stops, imports = Stops(), threading.local()
 
     def on_call(frame: FrameType, event: str, arg: Any) -> None:
         code = frame.f_code
-        # Bodies of modules and classes run when they are imported.
-        if event == "call" and code.co_flags & inspect.CO_OPTIMIZED and _is_ours(code.co_filename):
+        if code.co_name == "<module>" and event in ("call", "return"):
+            imports.depth = getattr(imports, "depth", 0) + (1 if event == "call" else -1)
+        # Bodies of modules and classes, and what these call, run when they are imported: in the first call only.
+        is_passed = event == "call" and code.co_flags & inspect.CO_OPTIMIZED and not getattr(imports, "depth", 0)
+        if is_passed and _is_ours(code.co_filename):
             stops.modules.add(_name(code.co_filename))
 
     def on_forward(module: nn.Module, args: Any) -> None:

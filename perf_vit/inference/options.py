@@ -32,6 +32,7 @@ __all__ = [
     "checked_options",
     "move_to_device",
     "options_of",
+    "own_device",
     "resolve_device",
 ]
 
@@ -369,6 +370,12 @@ def move_to_device(model: nn.Module, device: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise OptionError(f"device {device}: {reason_line(error)}") from error
     return device
+
+
+def own_device(model: nn.Module) -> torch.device | None:
+    """Return the device of all weights of a model, None if they are on several or there are none."""
+    devices = {each.device for values in (model.parameters(), model.buffers()) for each in values}
+    return devices.pop() if len(devices) == 1 else None
 
 
 def options_of(

@@ -14,14 +14,13 @@ from typing import Any, Generic, Self, TypeVar
 
 from torch import nn
 
-from perf_vit.distributed import own_device
 from perf_vit.errors import CheckpointError, InputError, OptionError
 from perf_vit.inference.batch import InputReport, PredictOne, in_turn, report_of
 from perf_vit.inference.inputs import MapInput
 from perf_vit.inference.jobs import JobResult
 from perf_vit.inference.jobs.job import Job
 from perf_vit.inference.jobs.journal import check_partial_folder
-from perf_vit.inference.options import PredictOptions, move_to_device, resolve_device
+from perf_vit.inference.options import PredictOptions, move_to_device, own_device, resolve_device
 from perf_vit.models import InputCheck, network_id
 from perf_vit.registry import Registry
 from perf_vit.tiling import grid_windows

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,6 @@ from torch import nn
 from perf_vit.conversion import load_converted, load_softmax
 from perf_vit.conversion.save import CONFIG, is_converted
 from perf_vit.conversion.weights import weights_file
-from perf_vit.distributed import own_device
 from perf_vit.errors import CheckpointError, ConfigError, extra, reason_line
 
 __all__ = ["evaluating", "find_model", "has_task", "load", "task_name"]
@@ -46,10 +46,10 @@ def load(model: str | Path) -> nn.Module:
 
 def has_task(model: nn.Module) -> bool:
     """Whether a network is that of a task; others may have an attribute `task` of their own."""
-    with extra("geo", "a model"):
-        from perf_vit.models import NETWORKS
+    # Where there is a network of a task, its module has been imported, and the packages are there that it needs.
+    networks = getattr(sys.modules.get("perf_vit.models.checkpoint"), "NETWORKS", {})
     task = getattr(model, "task", None)
-    return isinstance(task, str) and task in NETWORKS and isinstance(getattr(model, "spec", None), NETWORKS[task].spec)
+    return isinstance(task, str) and task in networks and isinstance(getattr(model, "spec", None), networks[task].spec)
 
 
 def task_name(model: nn.Module | str | Path) -> str:
@@ -131,6 +131,9 @@ def evaluating(model: Any) -> Iterator[None]:
     if not isinstance(model, nn.Module):
         yield
         return
+    # Models load without the packages that predictions need.
+    from perf_vit.inference.options import own_device
+
     modes, device = {each: each.training for each in model.modules()}, own_device(model)
     strides = {name: each.stride() for name, each in model.named_parameters() if each.ndim == _CONVOLUTION_NDIM}
     if any(modes.values()):

@@ -192,6 +192,9 @@ def working(text: str) -> Iterator[Callable[[str], None]]:
 @contextmanager
 def windows_progress(description: str, unit: str = "windows") -> Iterator[Callable[[int, int], None]]:
     """A progress bar over windows, or other units, as the callback that the inference engine takes."""
+    if not _shown.get():
+        yield lambda done, total: None
+        return
     progress, is_started = _bars(), False
     task = progress.add_task(printable(description), total=None, unit=unit)
 

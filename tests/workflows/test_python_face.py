@@ -15,9 +15,9 @@ from small_models import save_classifier, save_segmenter, save_small_detector
 from torch import nn
 
 import perf_vit
-from perf_vit.distributed import own_device
 from perf_vit.errors import CheckpointError, ConfigError, InputError, OptionError, OutputError
 from perf_vit.inference import RunReport, SegmentationPredictOptions, SegmentationPredictor, resolve_device
+from perf_vit.inference.options import own_device
 from perf_vit.transforms import Normalizer
 from perf_vit.workflows.load import evaluating, has_task
 from perf_vit.workflows.predict import as_segmenter
