@@ -281,7 +281,8 @@ def _steps_on_ground(source: Source | GeoImage, xy_px: _FloatArray) -> _FloatArr
     return np.where(np.isfinite(steps).all(axis=(1, 2), keepdims=True), steps, plain)
 
 
-@lru_cache(maxsize=8)
+# Scenes of the whole Earth have 120 UTM zones.
+@lru_cache(maxsize=256)
 def _to_degrees(wkt: str) -> tuple[pyproj.Transformer, float, float] | None:
     """Return the transformer to longitude and latitude, and half the equator's diameter and the squared eccentricity.
 

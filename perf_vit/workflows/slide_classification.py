@@ -336,7 +336,8 @@ def _store_all(
 
     Processes that train together share the slides.
     """
-    order = _dealt([path for path in paths if not store.has(path)], *started_rank_and_world_size())
+    # Dealt before the stored ones are left out: processes that start later find more of them.
+    order = [path for path in _dealt(paths, *started_rank_and_world_size()) if not store.has(path)]
     failed = {}
     with closing(find(order)) as results:
         for path, found in zip(order, results, strict=True):

@@ -8,7 +8,7 @@ from affine import Affine
 from rasterio.crs import CRS
 
 from perf_vit.errors import DataWarning, InputError
-from perf_vit.sources import PixelSize, common_unit, open_source, unit_of
+from perf_vit.sources import PixelSize, common_unit, open_source, pixel_size, unit_of
 
 METRE = ("metre", 1.0)
 FEET = {"EPSG:2263": 1200 / 3937, "EPSG:2222": 0.3048}
@@ -116,3 +116,12 @@ def test_no_zone_of_the_earth_is_advised_on_the_moon(make_scene, crs, side, corn
         return
     with pytest.warns(DataWarning, match=r"pixels of 100 metre .* on the ground .*`crs=EPSG:CODE`"):
         open_source(path, resolution=PixelSize(100, METRE))
+
+
+def test_all_zones_of_the_earth_are_set_up_once() -> None:
+    zones = [CRS.from_epsg(base + zone) for base in (32600, 32700) for zone in range(1, 61)]
+    for _ in range(2):
+        before = pixel_size._to_degrees.cache_info().misses
+        for crs in zones:
+            pixel_size.warn_of_ground_size(crs, 10.0, "a.tif", (500_000.0, 4_000_000.0))
+    assert pixel_size._to_degrees.cache_info().misses == before

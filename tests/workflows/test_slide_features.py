@@ -151,13 +151,17 @@ def test_processes_share_the_slides_and_take_from_the_end_of_each_other(two_proc
         for path in paths:
             yield InputError(f"no {path}") if path in "ad" else SimpleNamespace(features=0, windows=0, picture=0)
 
-    for rank, expected in enumerate(([*"adf", *"ec"], [*"ce", *"fda"])):
+    for rank, expected in enumerate(([*"ace", *"fd"], [*"df", *"eca"])):
         seen: list[list[str]] = []
         two_processes(rank)
         store = Store()
         assert slide_classification._store_all(find, store, "abcdef") == {"a": "no a", "d": "no d"}
         assert seen == [expected]
         assert store.stored == set("bcef")
+    # A process that starts when the other one has stored a slide still begins with its own share.
+    store.stored = set("bc")
+    slide_classification._store_all(find, store, "abcdef")
+    assert seen[-1] == [*"df", *"ea"]
 
 
 def test_a_slide_that_another_process_has_stored_meanwhile_is_not_embedded(run, slides) -> None:
