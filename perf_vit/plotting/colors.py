@@ -127,14 +127,15 @@ def shown_classes(image: GeoImage, *, multilabel: bool = False, scale: float = 1
     return _shown_labels(image, scale) if multilabel else _class_indices(image)
 
 
-def shown_index(classes: Any, first: int = 0) -> Any:
-    """Return the index of the colour of a class: pictures have 255, and further classes share those of the first ones.
+def shown_index(classes: Any) -> Any:
+    """Return the index of the colour of a class: pictures have 255, and further classes share those from the second on.
+
+    The first one may be a background, or stand for none.
 
     Args:
         classes: Class index, or an array of them.
-        first: Index of the first class; 1 if 0 stands for none.
     """
-    return np.where(classes < first, classes, (classes - first) % (IGNORE_INDEX - first) + first)
+    return np.where(classes < IGNORE_INDEX, classes, (classes - IGNORE_INDEX) % (IGNORE_INDEX - 1) + 1)
 
 
 def _class_indices(image: GeoImage) -> LabelArray:
@@ -159,7 +160,7 @@ def _shown_labels(image: GeoImage, scale: float) -> LabelArray:
     # The last one of equal scores.
     best = len(scores) - 1 - scores[::-1].argmax(0)
     any_true = true_classes(image, scale).any(0)
-    return np.where(image.valid, np.where(any_true, shown_index(best + 1, 1), 0), IGNORE_INDEX).astype(np.uint8)
+    return np.where(image.valid, np.where(any_true, shown_index(best + 1), 0), IGNORE_INDEX).astype(np.uint8)
 
 
 def last_true(layers: npt.NDArray[Any]) -> npt.NDArray[np.int64]:

@@ -124,16 +124,17 @@ def write_map_report(
     colors = default_colormap(len(names), clear)
     blocks: list[npt.NDArray[np.float64]] = []
     with open_map(map_path) as result:
+        is_placed = has_place(result)
 
         def draw(image: GeoImage) -> Picture:
             shown = shown_classes(image, multilabel=multilabel, scale=scale)
-            placed = image if has_place(result) else replace(image, crs=None)
+            placed = image if is_placed else replace(image, crs=None)
             blocks.append(_class_areas(placed, shown, len(names), scale if multilabel else None))
             return shown[..., None].repeat(3, axis=-1)
 
         labels = read_picture(result, draw)[..., 0]
     over = {**colors, **({} if clear is None else {clear: (0, 0, 0, 0)})}
-    in_legend = {index: colors[int(shown_index(index, int(multilabel)))] for index in range(len(names))}
+    in_legend = {index: colors[int(shown_index(index))] for index in range(len(names))}
     page = Page(title=Path(source.path).name, subtitle=f"Map of {_listed(classes)}: {map_path}", kind=_MAP)
     seen = _seen(source)
     layers = [] if seen is None else [picture_layer("image", seen)]
@@ -147,7 +148,8 @@ def write_map_report(
         text="Drag to move, scroll to zoom.",
         legend=class_legend(names, in_legend),
     )
-    page.add("Classes", _areas(sum(blocks), names, source, {n: hex_color(in_legend[i]) for i, n in enumerate(names)}))
+    of_names = {name: hex_color(in_legend[index]) for index, name in enumerate(names)}
+    page.add("Classes", _areas(sum(blocks), names, source, of_names, is_placed=is_placed))
     _add_tissue(page, source)
     page.add("Settings", Settings.of_values("Model and options", settings))
     page.write(path)
@@ -194,12 +196,14 @@ def _class_areas(image: GeoImage, shown: LabelArray, num: int, scale: float | No
     return np.array([*areas, each[image.valid].sum(), each.sum()])
 
 
-def _areas(found: Any, names: Sequence[str], source: Source, colors: Mapping[str, str]) -> TextTable:
-    """Share and area of each class, by `_class_areas` of the reduced map."""
+def _areas(
+    found: Any, names: Sequence[str], source: Source, colors: Mapping[str, str], *, is_placed: bool
+) -> TextTable:
+    """Share and area of each class, by `_class_areas` of the reduced map, in square metres if the map has a place."""
     *areas, valid, every = found.tolist()
     middle, unit = pixel_areas(source, np.array([[source.width / 2, source.height / 2]]))
     # Pixels of photos and slides are all alike; those of the reduced map may have no size.
-    scale = 1.0 if unit == "m2" else float(middle[0]) * source.width * source.height / every
+    scale = 1.0 if unit == "m2" and is_placed else float(middle[0]) * source.width * source.height / every
     order = sorted(range(len(names)), key=lambda i: -areas[i])
     rows = [[names[i], f"{areas[i] / valid if valid else 0:.3f}", _number(areas[i] * scale)] for i in order]
     return TextTable(columns=["class", "share", f"area, {_UNITS[unit]}"], rows=rows, colors=colors)

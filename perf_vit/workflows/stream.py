@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import tempfile
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, ExitStack
@@ -122,11 +123,14 @@ def _block_indices(indices: Any, num_blocks: int) -> tuple[int, ...]:
     Raises:
         OptionError: There are no such blocks.
     """
-    several = tuple(indices) if isinstance(indices, Iterable) else (indices,)
-    for index in several:
-        if not (isinstance(index, int) and 0 <= index < num_blocks):
+    try:
+        several = {operator.index(each) for each in (indices if isinstance(indices, Iterable) else (indices,))}
+    except TypeError as error:
+        raise OptionError(f"indices must be whole numbers, got {indices!r}") from error
+    for index in sorted(several):
+        if not 0 <= index < num_blocks:
             raise OptionError(f"indices must be from 0 to {num_blocks - 1}, got {index}")
-    return tuple(sorted(set(several)))
+    return tuple(sorted(several))
 
 
 def _tokens_of(model: nn.Module, source: Source, spec: InputSpec) -> ImageTokens:

@@ -65,7 +65,7 @@ def write_map_quicklook(
     painted = colorize(labels, colors)
     painted[painted[..., 3] == 0] = 255
     panels = [_enlarge(scene), _enlarge(painted[..., :3])]
-    save_png(path, _with_legend(_beside(panels), names, colors, first=int(multilabel)))
+    save_png(path, _with_legend(_beside(panels), names, colors))
 
 
 def write_object_quicklook(source: Source, objects: Objects, path: str | Path, classes: Sequence[str]) -> None:
@@ -106,8 +106,8 @@ def _framed(picture: Picture) -> Picture:
     return np.pad(picture, ((_MARGIN_PX, _MARGIN_PX), (_MARGIN_PX, _MARGIN_PX), (0, 0)), constant_values=255)
 
 
-def _with_legend(picture: Picture, classes: Sequence[str], colors: Mapping[int, Color], first: int = 0) -> Picture:
-    """Add rows of colour patches and class names below; classes begin at an index."""
+def _with_legend(picture: Picture, classes: Sequence[str], colors: Mapping[int, Color]) -> Picture:
+    """Add rows of colour patches and class names below."""
     font, classes = label_font(16), [label_text(name) for name in classes]
     widths = [_ENTRY_PX + int(font.getlength(name)) + 2 * _MARGIN_PX for name in classes]
     missing = max(0, max(widths) + _MARGIN_PX - picture.shape[1])
@@ -117,7 +117,7 @@ def _with_legend(picture: Picture, classes: Sequence[str], colors: Mapping[int, 
     draw = ImageDraw.Draw(drawn)
     for index, (name, (x, line)) in enumerate(zip(classes, places, strict=True)):
         y = picture.shape[0] + line * _LEGEND_PX
-        draw.rectangle((x, y, x + 18, y + 18), fill=colors[int(shown_index(index, first))][:3])
+        draw.rectangle((x, y, x + 18, y + 18), fill=colors[int(shown_index(index))][:3])
         draw.text((x + _ENTRY_PX, y + 9), name, fill=(0, 0, 0), font=font, anchor="lm")
     return np.asarray(drawn)
 

@@ -166,3 +166,19 @@ def test_the_style_of_replaced_objects_goes_with_them(scene, tmp_path, is_edited
         (tmp_path / "found.qml").write_text("mine")
     write(overwrite=True, style=False)
     assert (tmp_path / "found.qml").exists() == is_edited
+
+
+@pytest.mark.parametrize("suffix", [".json", ".gpkg"])
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_the_style_of_a_map_stays_beside_new_objects(scene, predict, tmp_path, suffix: str, overwrite: bool) -> None:
+    before = predict(StubSegmenter("a"))
+    assert "map.qml" in before
+    with open_source(scene) as source:
+        options = DetectionPredictOptions(style=False, overwrite=overwrite)
+        job = ObjectJob(source=source, out=tmp_path / f"map{suffix}", settings={}, meaning={}, options=options)
+        assert not job.check()
+        with job.work() as journal:
+            (journal.folder / job.out.name).write_text("objects")
+            job.finish(journal, {job.out: journal.folder / job.out.name})
+    found = {path.name: path.read_bytes() for path in tmp_path.glob("map.*")}
+    assert found == {**before, f"map{suffix}": b"objects"}

@@ -69,7 +69,9 @@ def test_bfloat16_tokens_take_half_the_space(model: nn.Module, raster: Path) -> 
 def test_wrong_arguments_are_one_line_and_leave_no_file(model: nn.Module, raster: Path, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match=r"dtype must be one of float32, bfloat16, float16, got int8"):
         perf_vit.stream(model, raster, dtype="int8")
-    for indices in ([3], iter([3]), 3, "3"):
+    with pytest.raises(OptionError, match=r"indices must be whole numbers, got '1'"):
+        perf_vit.stream(model, raster, indices="1")
+    for indices in ([3], iter([3]), 3, np.array([3])):
         with pytest.raises(OptionError, match=r"indices must be from 0 to 2, got 3"):
             perf_vit.stream(model, raster, indices=indices)
     with pytest.raises(CheckpointError, match=r"block 0 has softmax attention .*perf_vit\.linearize"):

@@ -111,12 +111,12 @@ def test_a_quicklook_of_several_labels_shows_where_none_is_true(make_scene, tmp_
     assert 0 < wet < none / 10
 
 
-@pytest.mark.parametrize(("multilabel", "colors"), [(False, [3, 15]), (True, [4, 17])])
+@pytest.mark.parametrize(("multilabel", "colors"), [(False, [3, 16]), (True, [4, 17])])
 def test_pictures_of_more_classes_than_colours(make_scene, tmp_path, multilabel: bool, colors: list[int]) -> None:
     source = open_source(make_scene(height=40, width=40))
     scores = np.zeros((300, 40, 40), np.float32)
     scores[3, :10] = 0.8
-    # Where other numbers than these wrap around 256, it would be class 14.
+    # Of colours of 255, it has that of class 16: the first may be a background. Around 256, it would be class 14.
     scores[270, 10:] = 0.9
     probabilities = make_scene(pixels=scores, nodata=None)
     names = [f"class {number}" for number in range(300)]

@@ -18,23 +18,37 @@ from perf_vit.writers import category_names_path, existing_error, is_own_style
 __all__ = [
     "PolygonRecord",
     "attached_files",
-    "attached_style",
     "discard_style",
     "has_style",
     "is_to_be_made",
+    "stray_style",
     "warn_of_style",
 ]
+
+_LAYERS = (".tif", ".gpkg", ".geojson", ".parquet")
+"""Files to which QGIS applies the style of their name."""
 
 
 def attached_files(out: Path) -> list[Path]:
     """Files of an earlier map that GDAL and QGIS would take for those of a new one, asked for or not."""
-    return [*attached_style(out), category_names_path(out)]
+    return [category_names_path(out), *_attached_style(out)]
 
 
-def attached_style(out: Path) -> list[Path]:
+def _attached_style(out: Path) -> list[Path]:
     """The style that perf_vit made of an earlier output, and QGIS would apply to a new one; empty without one."""
     style = out.with_suffix(".qml")
     return [style] if is_own_style(style) else []
+
+
+def stray_style(out: Path) -> list[Path]:
+    """The style that perf_vit made of an output that is gone, if QGIS would apply it to this one; else nothing.
+
+    A layer of the same name that is there, such as a map beside a new table, may be what the style is of.
+    """
+    others = [out.with_suffix(suffix) for suffix in _LAYERS if suffix != out.suffix]
+    if out.suffix not in _LAYERS or any(other.exists() for other in others):
+        return []
+    return _attached_style(out)
 
 
 def has_style(out: Path, record: OutputRecord) -> bool:
@@ -46,10 +60,11 @@ def has_style(out: Path, record: OutputRecord) -> bool:
 def discard_style(journal: Journal, record: OutputRecord, made: Collection[Path], *, overwrite: bool) -> None:
     """Remove the style of the outputs before, if new ones have none: QGIS finds it by its name."""
     out = journal.path
-    is_ours = has_style(out, record) or (overwrite and record.read() is None and bool(attached_style(out)))
+    is_ours = has_style(out, record) or (overwrite and record.read() is None and bool(stray_style(out)))
     if out.with_suffix(".qml") not in made and is_ours:
         journal.discard(out.with_suffix(".qml"))
-    warn_of_style(out, made)
+    if out.suffix in _LAYERS:
+        warn_of_style(out, made)
 
 
 def warn_of_style(out: Path, written: Collection[Path]) -> None:

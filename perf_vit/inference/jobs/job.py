@@ -16,7 +16,7 @@ import torch
 from perf_vit._version import __version__
 from perf_vit.errors import OutputError
 from perf_vit.inference.dense_output import DenseOutput
-from perf_vit.inference.jobs.beside import attached_files, attached_style, discard_style, has_style, is_to_be_made
+from perf_vit.inference.jobs.beside import attached_files, discard_style, has_style, is_to_be_made, stray_style
 from perf_vit.inference.jobs.identity import OutputRecord, SourceIdentity
 from perf_vit.inference.jobs.journal import (
     MADE_MAP,
@@ -40,7 +40,6 @@ from perf_vit.writers import (
     HeldRows,
     RasterLayout,
     StripStore,
-    category_names_path,
     check_map_name,
     check_outputs,
     existing_error,
@@ -266,7 +265,7 @@ class RecordedJob(Job):
 
     def found(self) -> list[Path]:
         """Outputs that exist; where the main one is missing, also a style without a record, which QGIS would apply."""
-        stray = [] if self.out.exists() or has_style(self.out, self._record) else attached_style(self.out)
+        stray = [] if self.out.exists() or has_style(self.out, self._record) else stray_style(self.out)
         return existing_outputs(dict.fromkeys([self.out, *self.beside, *stray]))
 
 
@@ -372,8 +371,7 @@ class MapJob(Job):
 
     def found(self) -> list[Path]:
         """Outputs that exist, and files that GDAL and QGIS would take for those of the map, asked for or not."""
-        style = attached_style(self.out) if self.out.with_suffix(".qml").exists() else []
-        return existing_outputs(dict.fromkeys([self.out, *self.beside, category_names_path(self.out), *style]))
+        return existing_outputs(dict.fromkeys([self.out, *self.beside, *attached_files(self.out)]))
 
     def lacks(self, beside: Path) -> bool:
         """Whether a file next to the map that is there is missing, or of an earlier map."""
