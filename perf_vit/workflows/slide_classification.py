@@ -345,7 +345,8 @@ def _store_all(
                 failed[path] = str(found)
             elif found is not None:
                 store.write(path, found.features, found.windows, found.picture)
-    return {path: failed[path] for path in paths if path in failed}
+    # Another process may have read what this one couldn't.
+    return {path: failed[path] for path in paths if path in failed and not store.has(path)}
 
 
 def _dealt(paths: Sequence[str], rank: int, world_size: int) -> list[str]:

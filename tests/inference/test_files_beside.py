@@ -182,3 +182,15 @@ def test_the_style_of_a_map_stays_beside_new_objects(scene, predict, tmp_path, s
             job.finish(journal, {job.out: journal.folder / job.out.name})
     found = {path.name: path.read_bytes() for path in tmp_path.glob("map.*")}
     assert found == {**before, f"map{suffix}": b"objects"}
+
+
+def test_polygons_stay_if_their_record_cannot_be_written(predict, tmp_path, monkeypatch) -> None:
+    before = predict(StubSegmenter("a"), polygons="geojson", min_area=0)
+
+    def full(*given) -> None:
+        raise OutputError("the disk is full")
+
+    with monkeypatch.context() as patch, pytest.raises(OutputError, match="the disk is full"):
+        patch.setattr("perf_vit.inference.jobs.beside.OutputRecord.write", full)
+        predict(StubSegmenter("a"), polygons="geojson", min_area=40)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*map.*")} == before

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-from perf_vit.errors import DataWarning
+from perf_vit.errors import DataWarning, OutputError
 from perf_vit.inference.jobs.identity import OutputRecord
 from perf_vit.inference.jobs.journal import Journal
 from perf_vit.reporting.outputs import is_map_report
@@ -149,9 +149,16 @@ class PolygonRecord:
         Raises:
             OutputError: Nothing can be written there.
         """
+        before = made.with_name(f"before{made.suffix}")
+        if self._polygons.exists():
+            journal.move(self._polygons, before)
         # A process that ends here leaves no polygons, which the next one makes again.
-        journal.discard(self._polygons)
-        self._record.write(self.identity, {self._polygons: made}, 0)
+        try:
+            self._record.write(self.identity, {self._polygons: made}, 0)
+        except OutputError:
+            if before.exists():
+                journal.move(before, self._polygons)
+            raise
         journal.move(made, self._polygons)
 
     @property
