@@ -86,6 +86,8 @@ class ConvertOptions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "images", _as_paths(self.images))
         object.__setattr__(self, "layers", _parse_layers(self.layers))
+        if self.layers == () and self.native_size is None:
+            raise OptionError("layers names none, so nothing would be converted; name some, or give `native_size`")
         if self.budget is not None and not self.images:
             raise OptionError("budget learns from images, got none; give `images`")
         if self.budget is not None and self.mixer != "clustered":

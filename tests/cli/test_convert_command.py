@@ -194,6 +194,11 @@ def test_softmax_is_left_out_where_it_would_take_long(weights, tmp_path, monkeyp
             "--budget chooses options of --mixer clustered, got performer",
         ),
         (MODEL, ["VIT", "--layers", "3-6"], "from 0 to 5, got 6"),
+        (
+            MODEL,
+            ["VIT", "--layers", "none"],
+            "--layers names none, so nothing would be converted; name some, or give --n",
+        ),
         (MODEL, ["VIT", "--layers", "a"], "--layers must be indices such as 0-5,8, got a"),
         (MODEL, ["VIT", "--mixer", "performer", "--num-features", "0"], "at least 1, got 0"),
         (MODEL, ["VIT", "--max-exact-tokens", "-1"], "max_exact_tokens must be at least 0, got -1"),
@@ -299,7 +304,7 @@ def test_a_model_for_images_beyond_its_native_size_says_which_layers_see_all(wei
     assert note in (out / "fidelity.html").read_text()
     mixers = [layer.mixer.name for layer in converted_layers(perf_vit.load(out)).values()]
     assert [index for index, name in enumerate(mixers) if name == "clustered"] == [2, 5]
-    assert ConvertOptions(layers="none").layer_indices == ()
+    assert ConvertOptions(layers="none", native_size=4).layer_indices == ()
 
 
 @pytest.mark.parametrize(
