@@ -10,7 +10,6 @@ MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__ini
 NUM_LINES = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in MODULES}
 # Arguments of timm's own functions, which change with its versions.
 TIMM_SIGNATURES = {
-    "conversion/save.py:build_converted",
     "conversion/save.py:load_converted",
     "conversion/save.py:load_softmax",
     "conversion/weights.py:create_with_weights",

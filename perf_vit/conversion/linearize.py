@@ -86,7 +86,12 @@ class Conversion:
         assert self.native_size is not None
         _check_indices(self.layers or (), num_layers)
         windows = native_layers(num_layers, self.native_size, self.layers or ())
-        return replace(self, layers=None, per_layer={**windows, **self.per_layer})
+        # A layer that names a mixer has options of its own, as elsewhere.
+        own = {
+            index: options if "mixer" in options else {**windows.get(index, {}), **options}
+            for index, options in self.per_layer.items()
+        }
+        return replace(self, layers=None, per_layer={**windows, **own})
 
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON, with defaults included, so that saved conversions don't depend on them."""
@@ -140,7 +145,7 @@ def linearize(
         layers: Indices, from 0, of the attention layers to convert; None for all. With `native_size`, those that see
             the whole image; None for none.
         per_layer: Options by layer index, which override `options`: {11: {"window_size": 8}}. They may set another
-            "mixer", for which `options` are ignored.
+            "mixer", for which `options` are ignored; with `native_size`, layers without one keep native windows.
         native_size: Rows and columns of patches that the model was pretrained at, for images that are larger: positions
             repeat after so many patches, and all layers but `layers` attend within windows of this size.
         **options: Options of the mixer: fields of `ClusteredOptions` (window_size, num_sinks, num_clusters,

@@ -6,7 +6,7 @@ from collections.abc import Collection
 from typing import Any
 
 import torch
-from timm.layers import Format, PatchEmbed, resample_abs_pos_embed
+from timm.layers import Format, PatchEmbed, resample_abs_pos_embed, to_2tuple
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -109,7 +109,9 @@ class _AnySize:
     def __init__(self, model: Any) -> None:
         self._model = model
 
-    def __call__(self, img_size: object = None, patch_size: tuple[int, int] | None = None) -> None:
+    def __call__(self, img_size: object = None, patch_size: int | tuple[int, int] | None = None) -> None:
         """Resample the patch embedding to another size of patches; the image size changes nothing."""
         if patch_size is not None:
-            type(self._model).set_input_size(self._model, patch_size=patch_size)
+            patches, grid = to_2tuple(patch_size), self._model.patch_embed.grid_size
+            native_px = tuple(count * side for count, side in zip(grid, patches, strict=True))
+            type(self._model).set_input_size(self._model, img_size=native_px, patch_size=patches)

@@ -15,6 +15,7 @@ import timm
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from timm.layers import to_2tuple
 from torch import Tensor, nn
 
 from perf_vit._version import __version__
@@ -23,11 +24,11 @@ from perf_vit.conversion.weights import (
     ENHANCEMENT,
     check_file_arguments,
     create_with_weights,
+    create_without_classifier,
     is_model,
     pretrained_cfg_of_file,
     read_weights,
     weights_file,
-    without_classifier,
 )
 from perf_vit.errors import CheckpointError, OutputError, parsing, reason_line
 from perf_vit.layers import current_draw, redraw_projections
@@ -143,7 +144,8 @@ def build_converted(
     Raises:
         CheckpointError: The weights don't match the config, or the conversion is of another version.
     """
-    model = _build(config, weights, origin, _native_img_size(config), **timm_kwargs)
+    fixed = _native_img_size(config, timm_kwargs.get("patch_size"))
+    model = _build(config, weights, origin, fixed, **timm_kwargs)
     if CONFIG_KEY not in config:
         return model.eval()
     body, ours = find_vit(model), config[CONFIG_KEY]
@@ -319,19 +321,26 @@ def _build(
     if weights is None:
         return timm.create_model(name, pretrained=False, **kwargs)
     if CONFIG_KEY not in config and (kwargs.get("features_only") or kwargs.get("num_classes") == 0):
-        # timm checks all names if the weights and the model have as many classes.
-        kwargs["num_classes"] = 0
-        return create_with_weights(name, without_classifier(name, weights), origin, {"num_classes": 0}, **kwargs)
+        return create_without_classifier(name, weights, origin, **kwargs)
     return create_with_weights(name, weights, origin, **kwargs)
 
 
-def _native_img_size(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the saved size of a model that tiles its positions: they must not be resampled to the size of images."""
+def _native_img_size(config: Mapping[str, Any], patch_size: Any) -> dict[str, Any]:
+    """Return the size of a model that tiles its positions: timm must not resample them to the size of images.
+
+    Args:
+        config: Result of `read_saved_config`.
+        patch_size: Side of the patches, or height and width; None for the saved size.
+    """
     try:
-        is_native = config[CONFIG_KEY]["conversion"].get("native_size") is not None
-        return {"img_size": config["model_args"]["img_size"]} if is_native else {}
+        native_size = config[CONFIG_KEY]["conversion"].get("native_size")
+        if native_size is None:
+            return {}
+        if patch_size is None:
+            return {"img_size": config["model_args"]["img_size"]}
+        return {"img_size": [int(native_size) * side for side in to_2tuple(patch_size)]}
     # The file may hold anything; what is wrong is said where it is read.
-    except (KeyError, TypeError, AttributeError):
+    except (KeyError, TypeError, ValueError, AttributeError):
         return {}
 
 

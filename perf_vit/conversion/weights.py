@@ -23,12 +23,12 @@ __all__ = [
     "FILE_ARGUMENTS",
     "check_file_arguments",
     "create_with_weights",
+    "create_without_classifier",
     "is_model",
     "pretrained_cfg_of_file",
     "read_weights",
     "stored_folder",
     "weights_file",
-    "without_classifier",
 ]
 
 
@@ -220,12 +220,37 @@ def read_weights(path: str | Path) -> dict[str, Tensor]:
     }
 
 
-def without_classifier(name: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights of a timm model without those of its classifier."""
+def create_without_classifier(name: str, weights: Mapping[str, Tensor], origin: str | Path, **kwargs: Any) -> nn.Module:
+    """Create a timm model without classes, with the weights of one with any number of them.
+
+    Args:
+        name: Name of the model.
+        weights: State dict.
+        origin: Path of the weights, for error messages.
+        **kwargs: Arguments of `timm.create_model`; num_classes is 0.
+
+    Raises:
+        CheckpointError: The weights have another architecture, or the model has more parameters than they.
+    """
+    kwargs = {**kwargs, "num_classes": 0}
+    # With as many classes in the config of the weights, timm checks all names.
+    return create_with_weights(name, _without_classifier(name, weights, kwargs), origin, {"num_classes": 0}, **kwargs)
+
+
+def _without_classifier(name: str, weights: Mapping[str, Tensor], kwargs: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Return the weights of a timm model without those of its classifier, which may have several layers."""
     cfg = timm.get_pretrained_cfg(name)
     classifier = () if cfg is None or cfg.classifier is None else cfg.classifier
-    names = tuple(f"{layer}." for layer in ([classifier] if isinstance(classifier, str) else classifier))
-    return {key: value for key, value in weights.items() if not key.startswith(names)}
+    layers = [classifier] if isinstance(classifier, str) else classifier
+    last, heads = (tuple(f"{each}." for each in names) for names in (layers, {path.split(".")[0] for path in layers}))
+    left = {key: value for key, value in weights.items() if not key.startswith(last)}
+    if not any(key.startswith(heads) for key in left):
+        return left
+    # A head without classes keeps some layers, such as norms.
+    whole = {key: value for key, value in kwargs.items() if key not in ("features_only", "out_indices")}
+    with torch.device("meta"):
+        expected = timm.create_model(name, pretrained=False, **whole).state_dict().keys()
+    return {key: value for key, value in left.items() if key in expected or not key.startswith(heads)}
 
 
 def create_with_weights(

@@ -19,11 +19,10 @@ from perf_vit.conversion import load_converted
 from perf_vit.conversion.save import build_converted, is_converted, load_softmax, read_model_config
 from perf_vit.conversion.weights import (
     check_file_arguments,
-    create_with_weights,
+    create_without_classifier,
     is_model,
     read_weights,
     stored_folder,
-    without_classifier,
 )
 from perf_vit.errors import ConfigError, PerfVitError, reason_line
 from perf_vit.models.valid_tokens import with_key_mask
@@ -250,11 +249,7 @@ def _built(
     if config.weights is None:
         model: nn.Module = timm.create_model(config.backbone, pretrained=config.pretrained, **options)
         return model
-    weights = without_classifier(config.backbone, read_weights(config.weights))
-    # With as many classes in the config of the weights, timm checks all names.
-    return create_with_weights(
-        config.backbone, weights, config.weights, {"num_classes": 0}, **{**options, "num_classes": 0}
-    )
+    return create_without_classifier(config.backbone, read_weights(config.weights), config.weights, **options)
 
 
 def _patch_option(config: BackboneConfig, tile_px: int) -> dict[str, int]:

@@ -13,7 +13,7 @@ from torch import nn
 
 import perf_vit
 from perf_vit.conversion import load_converted
-from perf_vit.conversion.linearize import converted_layers, max_exact_side
+from perf_vit.conversion.linearize import converted_layers, find_vit, max_exact_side
 from perf_vit.conversion.native_size import native_size_of
 from perf_vit.models.backbone import BackboneConfig, build_backbone
 from perf_vit.ops.naive_mixers import naive_window_attention
@@ -116,6 +116,15 @@ def test_layers_name_those_that_see_the_whole_image(layers, see_all) -> None:
     assert all(converted_layers(converted)[index].options.num_clusters == 5 for index in see_all)
 
 
+def test_options_of_one_layer_keep_its_native_windows_unless_they_name_a_mixer() -> None:
+    per_layer = {0: {"window_size": 2}, 1: {"mixer": "windowed"}, 3: {"window_size": 3}}
+    converted = perf_vit.linearize(build(), layers=[3], per_layer=per_layer, native_size=NATIVE)
+    mixers = [layer.mixer.name for layer in converted_layers(converted).values()]
+    assert mixers == ["registers", "windowed", "registers", "clustered"]
+    sizes = {index: layer.options.window_size for index, layer in converted_layers(converted).items()}
+    assert (sizes[0], sizes[2], sizes[3]) == (2, NATIVE, 3)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("mixer", ["registers", "windowed"])
 @pytest.mark.parametrize("part_tokens", [1, 40, 10**6])
@@ -161,6 +170,27 @@ def test_a_saved_model_comes_back_whatever_the_size_it_is_loaded_for(tmp_path) -
     assert torch.equal(again.eval()(x)[1], last)
     again_saved = perf_vit.save_converted(load_converted(folder, img_size=144), tmp_path / "again")
     assert torch.equal(load_converted(again_saved)(x), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("patch", [8, 20])
+def test_a_saved_model_takes_another_size_of_patches_and_keeps_its_positions(patch, tmp_path) -> None:
+    converted = perf_vit.linearize(build().float(), layers=[3], native_size=NATIVE, **EXACT)
+    folder = perf_vit.save_converted(converted, tmp_path / "saved")
+    backbone, config = build_backbone(BackboneConfig(backbone=str(folder), patch_size=patch), (1, 3), 3, 160)
+    assert torch.equal(find_vit(backbone).pos_embed, converted.pos_embed)
+    assert find_vit(backbone).patch_embed.proj.weight.shape[-2:] == (patch, patch)
+    again, _ = build_backbone(BackboneConfig(backbone="gone", patch_size=patch), (1, 3), 3, 160, config)
+    again.load_state_dict(backbone.state_dict())
+    x = image((5, 5)).float()
+    expected = backbone.eval()(x)[1]
+    assert torch.equal(again.eval()(x)[1], expected)
+    # timm resamples the weights of patches in the same way whether before or after conversion.
+    converted.set_input_size(img_size=96, patch_size=patch)
+    assert torch.equal(converted.pos_embed, find_vit(backbone).pos_embed)
+    last = converted.forward_intermediates(x, indices=[3], intermediates_only=True)[0]
+    torch.testing.assert_close(last, expected, rtol=1e-4, atol=1e-4)
+    load_converted(perf_vit.save_converted(load_converted(folder, patch_size=patch), tmp_path / "again"))
 
 
 def test_the_image_size_changes_nothing_and_copies_are_independent() -> None:

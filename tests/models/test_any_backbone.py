@@ -10,6 +10,7 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from perf_vit.conversion import load_softmax
 from perf_vit.errors import CheckpointError, ConfigError, OptionError
 from perf_vit.inference import SegmentationPredictOptions, SegmentationPredictor
 from perf_vit.models import (
@@ -28,7 +29,7 @@ from perf_vit.models import (
     checkpoint_metadata,
     load_segmenter,
 )
-from perf_vit.models.backbone import default_indices, map_strides
+from perf_vit.models.backbone import BackboneConfig, build_backbone, default_indices, map_strides
 from perf_vit.models.valid_tokens import forward_maps
 from perf_vit.transforms import Normalizer
 
@@ -217,6 +218,24 @@ def test_weights_of_a_folder_that_lack_a_block_are_refused(task: str, tmp_path: 
     save_file(kept, tmp_path / "model.safetensors")
     with pytest.raises(CheckpointError, match=r"doesn't fit vit_tiny_patch16_224: missing blocks\.2\..* and \d+ more"):
         build(config, spec)
+
+
+@pytest.mark.parametrize("name", ["repvit_m0_9", "shvit_s1"])
+@pytest.mark.parametrize("from_file", [False, True], ids=["folder", "file"])
+def test_a_classifier_of_several_layers_is_left_out(name: str, from_file: bool, tmp_path: Path) -> None:
+    given = timm.create_model(name, num_classes=5)
+    timm.models.save_for_hf(given, tmp_path, safe_serialization=True)
+    path = tmp_path / "model.safetensors"
+    file = BackboneConfig(backbone=name, weights=str(path))
+    config = file if from_file else BackboneConfig(backbone=str(tmp_path))
+    found = build_backbone(config, (0, 1), 3, 64)[0].state_dict()
+    weight = next(key for key in found if key.startswith("stages_1.") and found[key].ndim == 4)
+    assert torch.equal(found[weight], given.state_dict()[weight.replace("stages_", "stages.")])
+    if not from_file:
+        load_softmax(tmp_path, num_classes=0)
+    save_file({key: value for key, value in given.state_dict().items() if not key.startswith("stages.1.")}, path)
+    with pytest.raises(CheckpointError, match=rf"doesn't fit {name}: missing stages\.1\."):
+        build_backbone(config, (0, 1), 3, 64)
 
 
 def test_a_model_of_the_hub_is_a_backbone(tmp_path: Path, monkeypatch) -> None:
