@@ -15,6 +15,7 @@ import shapely
 
 from perf_vit.errors import ConfigError, DataWarning
 from perf_vit.labels.tables import read_csv_rows
+from perf_vit.sources.pixel_size import has_place
 from perf_vit.types import Source, Window
 
 __all__ = ["HoldOutConfig", "check_groups_apart", "read_groups", "split_groups", "split_items", "warn_of_shared_places"]
@@ -165,7 +166,8 @@ def warn_of_shared_places(
 ) -> None:
     """Warn if pixels to validate on are also trained on.
 
-    Places are compared by their coordinates in files that have the same CRS, and by pixels of the same file otherwise.
+    Places are compared by their coordinates in files that have the same CRS and a transform, and by pixels of the same
+    file otherwise.
 
     Args:
         train: Images and the windows of them to train on.
@@ -212,19 +214,43 @@ def _by_system(
 
 
 _ROUNDING = 1e-3
+# Few enough for outlines that all overlap.
+_OUTLINES_AT_ONCE = 64
 
 
 def _common_shares(windows: npt.NDArray[Any], others: npt.NDArray[Any]) -> npt.NDArray[np.float64]:
-    """Return the part of each outline that others cover, at most 1, counting overlaps twice."""
-    ours, theirs = shapely.STRtree(others).query(windows)
-    covered = np.zeros(len(windows))
-    np.add.at(covered, ours, shapely.area(shapely.intersection(windows[ours], others[theirs])))
-    return np.minimum(1.0, covered / shapely.area(windows))
+    """Return the part of each outline that others cover, at most 1, counting overlaps of different ones twice."""
+    # Many images of one place would make a pair each with each.
+    _, first, place_of = np.unique(shapely.to_wkb(windows), return_index=True, return_inverse=True)
+    windows, others = windows[first], others[np.unique(shapely.to_wkb(others), return_index=True)[1]]
+    tree, covered = shapely.STRtree(others), np.zeros(len(windows))
+    (our_bounds, our_upright), (their_bounds, their_upright) = _boxes(windows), _boxes(others)
+    for start in range(0, len(windows), _OUTLINES_AT_ONCE):
+        ours, theirs = tree.query(windows[start : start + _OUTLINES_AT_ONCE])
+        ours += start
+        areas = _common_areas(our_bounds[ours], their_bounds[theirs])
+        tilted = ~(our_upright[ours] & their_upright[theirs])
+        areas[tilted] = shapely.area(shapely.intersection(windows[ours[tilted]], others[theirs[tilted]]))
+        np.add.at(covered, ours, areas)
+    return np.minimum(1.0, covered / shapely.area(windows))[place_of]
+
+
+def _boxes(outlines: npt.NDArray[Any]) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.bool_]]:
+    """Return the bounds of outlines, [n, 4], and whether they fill them, [n]."""
+    bounds = shapely.bounds(outlines)
+    return bounds, shapely.area(outlines) >= (1 - 1e-9) * (bounds[:, 2:] - bounds[:, :2]).prod(axis=1)
+
+
+def _common_areas(bounds: npt.NDArray[np.float64], others: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Return the area that each box has in common with another one, [n]."""
+    sides = np.minimum(bounds[:, 2:], others[:, 2:]) - np.maximum(bounds[:, :2], others[:, :2])
+    areas: npt.NDArray[np.float64] = np.maximum(sides, 0).prod(axis=1)
+    return areas
 
 
 def _place(source: Source, window: Window) -> tuple[str, shapely.Polygon]:
     """Return a coordinate system and the outline of a window in it, which isn't upright in rotated rasters."""
-    if source.crs is None or source.mpp is not None:
+    if source.mpp is not None or not has_place(source):
         # The file may be read at other pixel sizes; its sides are 1.
         corner = np.array([window.col / source.width, window.row / source.height])
         sides = np.array([window.width / source.width, window.height / source.height])

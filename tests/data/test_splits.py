@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import rasterio
+import shapely
 from affine import Affine
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -20,6 +21,7 @@ from perf_vit.data import (
     SlideClassificationSplitConfig,
     build_classification_datamodule,
     build_detection_datamodule,
+    splits,
 )
 from perf_vit.data.bags import read_slide_table
 from perf_vit.data.slide_classification import read_slides
@@ -182,6 +184,10 @@ class Placed:
         self.height = self.width = 100
         self.transform = Affine.rotation(turn) @ Affine(pixel, 0, left, 0, -pixel, 0)
 
+    def without_transform(self) -> "Placed":
+        self.transform = Affine.identity()
+        return self
+
 
 @pytest.mark.parametrize(
     ("train", "val", "share"),
@@ -202,6 +208,17 @@ class Placed:
             None,
         ),
         ((Placed("a.png", crs=None), Window(0, 0, 100, 100)), (Placed("./a.png", crs=None), Window(0, 0, 9, 9)), 100),
+        # A CRS without a transform places no pixel.
+        (
+            (Placed("a.tif").without_transform(), Window(0, 0, 100, 100)),
+            (Placed("b.tif").without_transform(), Window(0, 0, 100, 100)),
+            None,
+        ),
+        (
+            (Placed("a.tif").without_transform(), Window(0, 0, 100, 75)),
+            (Placed("a.tif").without_transform(), Window(0, 50, 100, 50)),
+            50,
+        ),
     ],
 )
 def test_places_that_are_trained_and_validated_on_are_told(train, val, share) -> None:
@@ -278,3 +295,30 @@ def test_the_one_place_of_many_that_is_shared_is_found() -> None:
             warnings.simplefilter("always")
             warn_of_shared_places(places[::2], val)
         assert [str(one.message).split(", ")[0] for one in told] == expected
+
+
+def test_shares_of_windows_are_those_of_each_pair_whether_upright_or_not() -> None:
+    rng = np.random.default_rng(0)
+    windows, others = (
+        np.array(
+            [
+                splits._place(Placed("a", left=200 * rng.random(), turn=turn), Window(0, 0, *rng.integers(9, 50, 2)))[1]
+                for turn in (0, 0, 90, 30) * 20
+            ]
+        )
+        for _ in range(2)
+    )
+    pairs = shapely.area(shapely.intersection(windows[:, None], others[None]))
+    expected = np.minimum(1, pairs.sum(axis=1) / shapely.area(windows))
+    assert 0 < (expected < 1).sum() < len(expected)
+    assert splits._common_shares(windows, others) == pytest.approx(expected, rel=1e-9)
+
+
+def test_many_images_of_one_place_are_compared_once(monkeypatch) -> None:
+    pairs: list[int] = []
+    measure = splits._common_areas
+    monkeypatch.setattr(splits, "_common_areas", lambda ours, theirs: pairs.append(len(ours)) or measure(ours, theirs))
+    places = [(Placed(f"{n}.tif", left=50.0 * (n % 2)), Window(0, 0, 100, 100)) for n in range(2000)]
+    with pytest.warns(DataWarning, match=r"100 % of data\.val is also in data\.train, the first 1000\.tif"):
+        warn_of_shared_places(places[:1000], places[1000:])
+    assert pairs == [4]
