@@ -354,6 +354,40 @@ def test_bands_are_those_of_several_images(num_bands, bands, fact) -> None:
     assert [line for line in made.facts if line.startswith("bands")] == [] if fact is None else fact in str(made.facts)
 
 
+@pytest.mark.parametrize("num_bands", [[3, 1, 3, 5], [1, 5]])
+def test_one_grey_image_does_not_take_the_bands_of_all_others(num_bands) -> None:
+    Path("scenes").mkdir()
+    for number, each in enumerate(num_bands):
+        write_scene(f"scenes/s{number}.tif", num_bands=each, seed=number)
+    rows = ["image,xmin,ymin,xmax,ymax,label", *(f"s{number}.tif,10,10,40,40,ship" for number in range(len(num_bands)))]
+    Path("boxes.csv").write_text("\n".join(rows))
+    grey, five = num_bands.index(1), num_bands.index(5)
+    with pytest.raises(InputError, match=rf"1 in 1 \(.*s{grey}\.tif\).* 5 in 1 \(.*s{five}\.tif\), expected one"):
+        perf_vit.init("detection", "scenes", "boxes.csv", out="d.yaml", progress=False)
+    assert not Path("d.yaml").exists()
+
+
+def test_classes_that_the_windows_drawn_lack_are_looked_for(monkeypatch) -> None:
+    monkeypatch.setattr(scene, "_MOST_WINDOWS", 1)
+    write_images("images", 8, (64, 64))
+    Path("masks").mkdir()
+    masks = np.full((8, 64, 64), 255, np.uint8)
+    masks[1, :32], masks[4, 7, :20] = 1, 2
+    masks[6:, :9], masks[6:, 9:20] = 1, 2
+    for number, mask in enumerate(masks):
+        Image.fromarray(mask).save(f"masks/{number}.png")
+    made = perf_vit.init("segmentation", "images", "masks", out="a.yaml", progress=False)
+    assert "labelled pixels of the training part, estimated:" in made.facts
+    data = config_of(made.path)["data"]
+    assert (data["classes"], data["sampler"]) == (["class_1", "class_2"], "balanced")
+    for number in range(6):
+        Image.fromarray(np.full((64, 64), 255, np.uint8)).save(f"masks/{number}.png")
+    for most in (1, 100):
+        monkeypatch.setattr(scene, "_MOST_WINDOWS", most)
+        with pytest.raises(InputError, match=r"6 images to train on, the first .*0\.png, have no pixel that is valid"):
+            perf_vit.init("segmentation", "images", "masks", out="b.yaml", progress=False)
+
+
 def test_images_are_opened_once_and_large_data_is_sampled(monkeypatch, capsys) -> None:
     opened: list[str] = []
     monkeypatch.setattr(

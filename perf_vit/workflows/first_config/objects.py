@@ -82,13 +82,18 @@ def draft_detection(files: Files) -> Draft:
 
 
 def _common_bands(paths: Sequence[str]) -> tuple[list[int] | None, str | None]:
-    """Return the bands that a sample of the images has, None for those of each image, and a line if they differ."""
+    """Return the bands that a sample of the images has, None for those of each image, and a line if they differ.
+
+    Raises:
+        InputError: Grey images are among others than those of three bands: their only common band is the first.
+    """
     order = np.random.default_rng(0).permutation(len(paths))[:_IMAGES_LOOKED_AT].tolist()
     with windows_progress("looking at the bands", "images") as on_image:
-        counts: Counter[int] = Counter()
+        counts, first = Counter[int](), dict[int, str]()
         for done, place in enumerate(order, 1):
             with open_source(paths[place]) as source:
                 counts[source.num_bands] += 1
+                first.setdefault(source.num_bands, source.path)
             on_image(done, len(order))
     if len(counts) == 1:
         return list(range(1, min(counts) + 1)), None
@@ -96,6 +101,12 @@ def _common_bands(paths: Sequence[str]) -> tuple[list[int] | None, str | None]:
     differ = f"bands   their number differs among {len(order)} images looked at ({listed} of them)"
     if set(counts) == {1, 3}:
         return None, f"{differ}; grey images are read as three equal bands"
+    if min(counts) == 1:
+        listed = ", ".join(f"{num} in {images} (the first {first[num]})" for num, images in sorted(counts.items()))
+        raise InputError(
+            f"images have different numbers of bands, {listed}, expected one number, or grey images among those of 3 "
+            "bands; leave out or convert the others"
+        )
     return list(range(1, min(counts) + 1)), f"{differ}; all have the first {min(counts)}"
 
 

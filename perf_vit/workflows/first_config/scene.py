@@ -296,14 +296,25 @@ def _split(
 
 
 def _counted(draft: Draft, train: Sequence[LabelledSource], num_classes: int) -> list[int]:
-    """Count the pixels of each class, in large data in a part of the windows."""
-    total, place = num_windows(train), "the training part"
-    with windows_progress("counting the pixels of the classes") as on_window:
-        if total <= _MOST_WINDOWS:
-            counts = count_class_pixels(train, num_classes, max_windows=_MOST_WINDOWS, on_window=on_window)
-        else:
-            place = f"{_MOST_WINDOWS:,} of {total:,} windows of {place}, drawn at random"
+    """Count the pixels of each class, in large data in a part of the windows if it has all classes.
+
+    Raises:
+        InputError: Nothing is labelled.
+    """
+    total, place, counts = num_windows(train), "", [0]
+    if total > _MOST_WINDOWS:
+        with windows_progress("counting the pixels of the classes") as on_window:
             counts, _ = count_labelled_pixels(train, num_classes, max_windows=_MOST_WINDOWS, on_window=on_window)
+        place = f"{_MOST_WINDOWS:,} of {total:,} windows of the training part, drawn at random"
+    if not all(counts):
+        place = "the training part, estimated" if total > _MOST_WINDOWS else "the training part"
+        with windows_progress("looking for the pixels of each class") as on_window:
+            counts = count_class_pixels(train, num_classes, max_windows=_MOST_WINDOWS, on_window=on_window)
+    if not any(counts):
+        raise InputError(
+            f"{len(train)} images to train on, the first {train[0].source.path}, have no pixel that is valid and "
+            "labelled; check that the labels lie on them"
+        )
     draft.facts.append(f"labelled pixels of {place}:")
     return counts
 
