@@ -312,6 +312,9 @@ def _build(
 ) -> nn.Module:
     name = _architecture(config, origin)
     args = check_file_arguments(config.get("model_args", {}), f"model_args of {origin or name}", CheckpointError)
+    # Older versions of timm write the pool only outside of `model_args`; the norm of a ViT may come after it.
+    if "fc_norm.weight" in (weights or {}) and isinstance(config.get("global_pool"), str):
+        args.setdefault("global_pool", config["global_pool"])
     kwargs = {
         "pretrained_cfg": pretrained_cfg_of_file(config.get("pretrained_cfg")),
         **args,

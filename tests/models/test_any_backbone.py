@@ -238,6 +238,19 @@ def test_a_classifier_of_several_layers_is_left_out(name: str, from_file: bool, 
         build_backbone(config, (0, 1), 3, 64)
 
 
+def test_a_folder_of_an_older_timm_may_have_its_pool_outside_of_the_arguments(tmp_path: Path) -> None:
+    given = timm.create_model("test_vit", num_classes=5, global_pool="avg")
+    timm.models.save_for_hf(given, tmp_path, safe_serialization=True)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["model_args"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    expected = given.fc_norm.weight.data.normal_()
+    save_file(given.state_dict(), tmp_path / "model.safetensors")
+    for options in ({}, {"num_classes": 0}):
+        assert torch.equal(load_softmax(tmp_path, **options).fc_norm.weight, expected)
+    build_backbone(BackboneConfig(backbone=str(tmp_path)), (1, 3), 3, 160)
+
+
 def test_a_model_of_the_hub_is_a_backbone(tmp_path: Path, monkeypatch) -> None:
     snapshot = tmp_path / "models--someone--vit" / "snapshots" / "abc"
     given = hub_folder(snapshot)
