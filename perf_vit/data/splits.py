@@ -15,7 +15,7 @@ import shapely
 
 from perf_vit.errors import ConfigError, DataWarning
 from perf_vit.labels.tables import read_csv_rows
-from perf_vit.sources.pixel_size import has_place
+from perf_vit.sources.base import has_place
 from perf_vit.types import Source, Window
 
 __all__ = ["HoldOutConfig", "check_groups_apart", "read_groups", "split_groups", "split_items", "warn_of_shared_places"]

@@ -36,7 +36,7 @@ from perf_vit.models import Detector, load_detector, standardized
 from perf_vit.plotting import default_colormap
 from perf_vit.reporting.outputs import write_object_report
 from perf_vit.sources import GEOTIFF_SUFFIXES
-from perf_vit.sources.pixel_size import has_place
+from perf_vit.sources.base import has_place
 from perf_vit.sources.slides import SlideSource
 from perf_vit.text import to_json
 from perf_vit.types import Source, Window

@@ -27,7 +27,8 @@ from perf_vit.reporting.page import Page, Row, Settings, TextTable, figure_of, h
 from perf_vit.reporting.preview import Preview, picture_layer, pixel_size, read_picture, shape_layer
 from perf_vit.reporting.samples import Sample, class_legend, imagery, sample_rows
 from perf_vit.sources import open_map
-from perf_vit.sources.pixel_size import has_place, pixel_area_grid, pixel_areas, polygon_areas
+from perf_vit.sources.base import has_place
+from perf_vit.sources.pixel_size import pixel_area_grid, pixel_areas, polygon_areas
 from perf_vit.types import IGNORE_INDEX, GeoImage, LabelArray, Source
 
 __all__ = [

@@ -12,7 +12,12 @@ from perf_vit.types import GeoImage, InputPath, Source, Window
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["BaseSource"]
+__all__ = ["BaseSource", "has_place"]
+
+
+def has_place(source: Source | GeoImage) -> bool:
+    """Return whether the pixels of a source lie on the ground: a CRS without a transform places none."""
+    return source.crs is not None and source.transform is not None and not source.transform.is_identity
 
 
 class BaseSource(ABC):

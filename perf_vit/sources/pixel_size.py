@@ -19,13 +19,13 @@ from rasterio.warp import transform
 
 from perf_vit.errors import InputError, warn_once
 from perf_vit.sources._gdal import GDAL_ERRORS, crs_name
+from perf_vit.sources.base import has_place
 from perf_vit.types import GeoImage, Source
 
 __all__ = [
     "PixelSize",
     "Unit",
     "common_unit",
-    "has_place",
     "pixel_area_grid",
     "pixel_areas",
     "pixel_lengths",
@@ -173,11 +173,6 @@ def pixel_lengths(source: Source, xy_px: _FloatArray) -> _FloatArray:
         return np.full(len(xy_px), max((frame and frame.pixel_um_xy) or (source.mpp,)))
     steps = _steps_on_ground(source, xy_px)
     return np.ones(len(xy_px)) if steps is None else np.asarray(np.linalg.norm(steps, ord=2, axis=(1, 2)))
-
-
-def has_place(source: Source | GeoImage) -> bool:
-    """Return whether the pixels of a source lie on the ground: a CRS without a transform places none."""
-    return source.crs is not None and source.transform is not None and not source.transform.is_identity
 
 
 def pixel_area_grid(image: GeoImage) -> tuple[_FloatArray, str]:

@@ -15,7 +15,7 @@ from perf_vit.files import staged
 from perf_vit.labels.objects import default_category_ids
 from perf_vit.sources import MosaicSource, open_raster
 from perf_vit.sources._gdal import crs_name
-from perf_vit.sources.pixel_size import has_place
+from perf_vit.sources.base import has_place
 from perf_vit.sources.slides import SlideSource
 from perf_vit.types import Source
 from perf_vit.writers._objects import ObjectTable

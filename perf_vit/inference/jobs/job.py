@@ -40,6 +40,7 @@ from perf_vit.writers import (
     HeldRows,
     RasterLayout,
     StripStore,
+    category_names_path,
     check_map_name,
     check_outputs,
     existing_error,
@@ -371,7 +372,9 @@ class MapJob(Job):
 
     def found(self) -> list[Path]:
         """Outputs that exist, and files that GDAL and QGIS would take for those of the map, asked for or not."""
-        return existing_outputs(dict.fromkeys([self.out, *self.beside, *attached_files(self.out)]))
+        is_styled = self.out.with_suffix(".qml").exists()
+        attached = attached_files(self.out) if is_styled else [category_names_path(self.out)]
+        return existing_outputs(dict.fromkeys([self.out, *self.beside, *attached]))
 
     def lacks(self, beside: Path) -> bool:
         """Whether a file next to the map that is there is missing, or of an earlier map."""
